@@ -1,0 +1,16 @@
+// Schemas of every llmcore tensor operator, and nothing else.
+// Implementations register themselves next to their code (STABLE_TORCH_LIBRARY_IMPL in csrc/cpu, csrc/cuda);
+// fake and autograd formulas are registered from Python (kernels/<family>.py).
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(llmcore, m) {
+  m.def("extension_info() -> int");
+}
+
+// The module itself is empty: importing it runs the registrations above.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

