@@ -69,5 +69,5 @@ def extensions() -> tuple[list, dict]:
 packages = [name for prefix, folder in MAPPED.items()
             for name in [prefix, *(f"{prefix}.{sub}" for sub in find_namespace_packages(folder))] if "__pycache__" not in name]
 ext_modules, cmdclass = extensions()
-setup(packages=packages, package_dir=MAPPED, package_data={"llmcore": ["py.typed", "demo/*.json*"]}, ext_modules=ext_modules, cmdclass=cmdclass,
-      options={"bdist_wheel": {"py_limited_api": "cp310"}})
+setup(packages=packages, package_dir=MAPPED, package_data={"llmcore": ["py.typed", "demo/*.json*"]},
+      ext_modules=ext_modules, cmdclass=cmdclass)

@@ -83,7 +83,9 @@ def compile_case(case: AotCase, target: str) -> AotReport:
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    tool = Path(importlib.util.find_spec("triton").submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

