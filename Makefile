@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/llmcore demo --out report
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:benchmark
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:benchmark
 
 bench: setup
 	$(BIN)/python -m pytest bench -q
