@@ -1,0 +1,106 @@
+"""Files that are either whole or absent: atomic writing, the cache folder, locks between processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def cache_dir() -> Path:
+    """Where converted models and reusable results are kept: $LLMCORE_CACHE, else $XDG_CACHE_HOME/llmcore, else ~/.cache/llmcore."""
+    if chosen := os.environ.get("LLMCORE_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "llmcore"
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`, on failure removed.
+
+    Readers see the old file or the whole new one, never a part. The temporary file lies in the same folder, because a rename is atomic
+    only within one file system.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it is renamed to `path`, on failure removed.
+
+    An existing `path` is kept (the work is dropped) unless `replace`, in which case the old folder is moved aside first.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists() and replace:
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            os.rename(path, aside / path.name)
+            os.rename(temporary, path)
+            shutil.rmtree(aside, ignore_errors=True)
+        elif not path.exists():
+            os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: str | os.PathLike, value: Any, *, indent: int | None = 2) -> None:
+    """Write `value` as JSON to `path` atomically; the value is encoded before anything on disk is touched."""
+    write_bytes(path, (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
+
+
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write torch tensors to one safetensors file atomically (contiguous, not shared; `metadata` values are strings)."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file(dict(tensors), str(temporary), metadata=dict(metadata) if metadata else None)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike, *, timeout: float = 600.0) -> Iterator[None]:
+    """Hold the lock file `<path>.lock` against other processes of this machine; TimeoutError after `timeout` seconds."""
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{path}.lock", timeout=timeout):
+            yield
+    except Timeout as error:
+        raise TimeoutError(f"{path}.lock is held by another process for more than {timeout:.0f} s; "
+                           "remove the file if no such process runs") from error
+
+
+def _umask() -> int:
+    """The process umask; mkstemp ignores it, and a cache shared by a group must not end up private."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
