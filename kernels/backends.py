@@ -69,6 +69,12 @@ def declare(family: str, **operators: str | None) -> None:
     _families[family] = {**operators, "reference": None}
 
 
+def _compiled(operator: str, key: str) -> bool:
+    """Whether the loaded extension defines `operator` (an older build may not know it) and implements it for the dispatch key."""
+    namespace, name = operator.split("::")
+    return hasattr(getattr(torch.ops, namespace), name) and torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
 def unavailable(family: str, backend: str, device_type: str) -> str | None:
     """Why `backend` of `family` cannot serve tensors on `device_type`, or None when it can."""
     operators = _families[family]
@@ -81,7 +87,7 @@ def unavailable(family: str, backend: str, device_type: str) -> str | None:
         if extension_error() is not None:
             return extension_error()
         operator = operators[backend]
-        if operator is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(operator, wanted.upper()):
+        if operator is not None and not _compiled(operator, wanted.upper()):
             return f"llmcore._C was built without {operator} for {wanted}"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -117,6 +123,10 @@ def choose(family: str, backend: str, device: torch.device, refused: Mapping[str
         if candidate in _families[family] and candidate not in refused and unavailable(family, candidate, device.type) is None:
             return candidate
     return "reference"
+
+
+# torch.compile takes the choice as a constant (torch.compiler.assume_constant_result, without its import of the compiler).
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def report() -> dict[str, dict[str, str]]:
