@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writing, the cache folder, locks between processes."""
+"""Files that are either whole or absent: atomic writing, the cache folder, locks between processes; and counted random-access reading."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,67 @@ def locked(path: str | os.PathLike, *, timeout: float = 600.0) -> Iterator[None]
     except Timeout as error:
         raise TimeoutError(f"{path}.lock is held by another process for more than {timeout:.0f} s; "
                            "remove the file if no such process runs") from error
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that cannot be trusted or understood; the message names the file and the field."""
+
+
+class CountedFile:
+    """A regular file read at given offsets, every byte counted. Safe to use from several threads at once.
+
+    Positioned reads rather than a memory map: a file that shrinks under the reader gives an error that names it (a map gives SIGBUS and
+    kills the process), what is read does not stay in the resident set, and the count is what really left the file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        # O_NONBLOCK: opening a pipe that someone left in a model folder must not hang; it is refused just below.
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise CheckpointError(f"{self.path}: not a regular file")
+        self.size = status.st_size
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+
+    def read_into(self, buffer: memoryview, offset: int, field: str) -> None:
+        """Fill `buffer` (bytes) from `offset`; CheckpointError naming the file and `field` when the file ends before."""
+        done, total = 0, len(buffer)
+        while done < total:
+            count = os.preadv(self._fd, [buffer[done:done + _REQUEST_BYTES]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path}: {field}: truncated, the file ends {total - done} bytes early")
+            done += count
+            with self._lock:
+                self.bytes_read += count
+
+    def read(self, count: int, offset: int, field: str) -> bytearray:
+        """`count` bytes from `offset`; refused before anything is allocated when the file is shorter."""
+        if count > self.size - offset:
+            raise CheckpointError(f"{self.path}: {field}: needs {count} bytes at offset {offset}, the file has {self.size}")
+        data = bytearray(count)
+        self.read_into(memoryview(data), offset, field)
+        return data
+
+    def announce(self, offset: int, count: int) -> None:
+        """Tell the system that this range is about to be read, so that it fetches ahead."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+
+_REQUEST_BYTES = 8 << 20
 
 
 def _umask() -> int:

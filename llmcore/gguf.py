@@ -9,10 +9,13 @@ they agree bit for bit with each other and with the format's reference.
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from llmcore.files import CheckpointError, CountedFile
 
 # type number -> (name, weights per block, bytes per block)
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -26,7 +29,11 @@ BLOCKS = {name: (weights, size) for name, weights, size in TYPES.values()}
 UNSUPPORTED = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M",
                34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"}
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_WIDTHS = {code: struct.calcsize("<" + code) for code in _SCALARS.values()}
+_U64 = struct.Struct("<Q")
 _MAX_DIMENSIONS = 4
+_MAX_NAME_BYTES = 65535
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,29 +57,35 @@ class GGUFHeader:
 
 
 class _Cursor:
-    """Reads little-endian values from a file; every length is checked against what is left before memory is taken."""
+    """Reads little-endian values through a window; every length is checked against what is left before memory is taken."""
 
-    def __init__(self, file: BinaryIO, size: int, label: str):
-        self.file, self.size, self.label, self.position = file, size, label, 0
-        self.order = "<"
+    WINDOW = 1 << 20
 
-    def fail(self, field: str, problem: str) -> ValueError:
-        return ValueError(f"{self.label}: {field}: {problem}")
+    def __init__(self, file: CountedFile):
+        self.file, self.size, self.position = file, file.size, 0
+        self.window, self.start = bytearray(), 0
 
-    def take(self, count: int, field: str) -> bytes:
+    def fail(self, field: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.file.path}: {field}: {problem}")
+
+    def take(self, count: int, field: str) -> bytearray:
         if count > self.size - self.position:
             raise self.fail(field, f"needs {count} bytes at offset {self.position}, the file has {self.size}")
-        data = self.file.read(count)
-        if len(data) != count:
-            raise self.fail(field, f"file ended at offset {self.position + len(data)}, {self.size} bytes were announced")
+        begin = self.position - self.start
+        if begin + count > len(self.window):
+            length = min(max(count, self.WINDOW), self.size - self.position)
+            self.window, self.start, begin = self.file.read(length, self.position, field), self.position, 0
         self.position += count
-        return data
+        return self.window[begin:begin + count]
 
     def scalar(self, code: str, field: str) -> Any:
-        return struct.unpack(self.order + code, self.take(struct.calcsize(self.order + code), field))[0]
+        return struct.unpack("<" + code, self.take(_WIDTHS[code], field))[0]
 
-    def string(self, field: str) -> str:
-        raw = self.take(self.scalar("Q", f"{field} length"), field)
+    def string(self, field: str, limit: int | None = None) -> str:
+        length = _U64.unpack(self.take(8, field))[0]
+        if limit is not None and length > limit:
+            raise self.fail(field, f"{length} bytes long, at most {limit}")
+        raw = self.take(length, field)
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -89,16 +102,16 @@ class _Cursor:
         if inner == 8:
             if count > (self.size - self.position) // 8:
                 raise self.fail(field, f"{count} strings cannot fit in the remaining {self.size - self.position} bytes")
-            return [self.string(f"{field}[{i}]") for i in range(count)]
+            return [self.string(field) for _ in range(count)]
         if inner not in _SCALARS:
             raise self.fail(field, f"arrays of value type {inner} are not supported")
-        item = np.dtype(self.order + _SCALARS[inner])
+        item = np.dtype("<" + _SCALARS[inner])
         return np.frombuffer(self.take(count * item.itemsize, field), dtype=item)
 
 
-def read_header(file: BinaryIO, size: int, label: str) -> GGUFHeader:
-    """Parse the header of an open GGUF file of `size` bytes. ValueError names `label` and the field that is wrong."""
-    cursor = _Cursor(file, size, label)
+def read_header(file: CountedFile) -> GGUFHeader:
+    """Parse the header of a GGUF file. CheckpointError names the file and the field that is wrong."""
+    cursor, size = _Cursor(file), file.size
     if cursor.take(4, "magic") != b"GGUF":
         raise cursor.fail("magic", "not a GGUF file")
     version = cursor.scalar("I", "version")
@@ -111,55 +124,47 @@ def read_header(file: BinaryIO, size: int, label: str) -> GGUFHeader:
             raise cursor.fail(field, f"{count} entries cannot fit in a file of {size} bytes")
     metadata: dict[str, Any] = {}
     for index in range(num_pairs):
-        key = cursor.string(f"metadata key {index}")
+        key = cursor.string(f"metadata key {index}", _MAX_NAME_BYTES)
         if key in metadata:
             raise cursor.fail(f"metadata {key!r}", "occurs twice")
         metadata[key] = cursor.value(cursor.scalar("I", f"metadata {key!r} type"), f"metadata {key!r}")
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
+    if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment <= 0 or alignment % 8:
         raise cursor.fail("metadata 'general.alignment'", f"must be a positive multiple of 8, got {alignment!r}")
 
-    records = []
+    records: dict[str, tuple[list[int], int, int]] = {}
     for index in range(num_tensors):
-        name = cursor.string(f"tensor name {index}")
+        name = cursor.string(f"tensor name {index}", _MAX_NAME_BYTES)
+        if name in records:
+            raise cursor.fail(f"tensor {name!r}", "occurs twice")
         num_dims = cursor.scalar("I", f"tensor {name!r} dimension count")
         if num_dims > _MAX_DIMENSIONS:
             raise cursor.fail(f"tensor {name!r} dimension count", f"{num_dims}, at most {_MAX_DIMENSIONS}")
         dims = [cursor.scalar("Q", f"tensor {name!r} dimension {axis}") for axis in range(num_dims)]
-        records.append((name, dims, cursor.scalar("I", f"tensor {name!r} type"), cursor.scalar("Q", f"tensor {name!r} offset")))
-    header_bytes = cursor.position
-    data_start = -(-header_bytes // alignment) * alignment
+        records[name] = dims, cursor.scalar("I", f"tensor {name!r} type"), cursor.scalar("Q", f"tensor {name!r} offset")
+    data_start = -(-cursor.position // alignment) * alignment
 
     tensors: dict[str, GGUFTensor] = {}
-    for name, dims, kind, offset in records:
-        if name in tensors:
-            raise cursor.fail(f"tensor {name!r}", "occurs twice")
+    for name, (dims, kind, offset) in records.items():
         if kind not in TYPES:
             raise cursor.fail(f"tensor {name!r} type", f"{UNSUPPORTED.get(kind, 'unknown')} (number {kind}) cannot be de-quantised here; "
                               f"supported: {', '.join(BLOCKS)}")
         type_name, block, block_bytes = TYPES[kind]
-        count = 1
-        for dim in dims:
-            count *= dim
-        if dims and dims[0] % block:
-            raise cursor.fail(f"tensor {name!r}", f"rows of {dims[0]} weights are not whole {type_name} blocks of {block}")
-        nbytes = count // block * block_bytes
+        if (dims[0] if dims else 1) % block:
+            raise cursor.fail(f"tensor {name!r}", f"rows of {dims[0] if dims else 1} weights are not whole {type_name} blocks of {block}")
+        nbytes = math.prod(dims) // block * block_bytes
         if offset % alignment:
             raise cursor.fail(f"tensor {name!r} offset", f"{offset} is not a multiple of the alignment {alignment}")
         if data_start + offset + nbytes > size:
             raise cursor.fail(f"tensor {name!r}", f"{nbytes} bytes at {data_start + offset} end beyond the file's {size} bytes")
         tensors[name] = GGUFTensor(name, type_name, tuple(reversed(dims)), data_start + offset, nbytes)
-    _refuse_overlaps([(t.offset, t.nbytes, t.name) for t in tensors.values()], label)
-    return GGUFHeader(metadata, tensors, header_bytes)
-
-
-def _refuse_overlaps(ranges: list[tuple[int, int, str]], label: str) -> None:
     end, last = 0, ""
-    for offset, nbytes, name in sorted(ranges):
-        if nbytes and offset < end:
-            raise ValueError(f"{label}: tensor {name!r} offset: {offset} overlaps tensor {last!r}, which ends at {end}")
-        if nbytes:
-            end, last = offset + nbytes, name
+    for tensor in sorted(tensors.values(), key=lambda t: t.offset):
+        if tensor.nbytes and tensor.offset < end:
+            raise cursor.fail(f"tensor {tensor.name!r} offset", f"{tensor.offset} overlaps tensor {last!r}, which ends at {end}")
+        if tensor.nbytes:
+            end, last = tensor.offset + tensor.nbytes, tensor.name
+    return GGUFHeader(metadata, tensors, cursor.position)
 
 
 # Block de-quantisation with NumPy. Each function takes blocks (n, bytes per block) uint8 and returns (n, weights per block) float32.
@@ -356,28 +361,28 @@ def huggingface_rows(rows: np.ndarray, num_rows: int, num_heads: int) -> np.ndar
 
 
 def huggingface_config(header: GGUFHeader, label: str) -> dict[str, Any]:
-    """The `config.json` that belongs to a GGUF file of a supported architecture. ValueError names the metadata that is missing or odd."""
+    """The `config.json` of a GGUF file of a supported architecture. CheckpointError names the metadata that is missing or odd."""
     meta = header.metadata
     architecture = meta.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"{label}: metadata 'general.architecture': {architecture!r} is not supported, "
+        raise CheckpointError(f"{label}: metadata 'general.architecture': {architecture!r} is not supported, "
                          f"{', '.join(ARCHITECTURES)} are; save the model as safetensors and pass that directory")
 
-    def get(key: str, kind: type, default: Any = None) -> Any:
-        value = meta.get(f"{architecture}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind) or value <= 0:
-            raise ValueError(f"{label}: metadata '{architecture}.{key}': expected a positive {kind.__name__}, got {value!r}")
+    def get(key: str, kind: type[int] | type[float], default: Any = None) -> Any:
+        value: Any = meta.get(f"{architecture}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or value <= 0:
+            raise CheckpointError(f"{label}: metadata '{architecture}.{key}': expected a positive {kind.__name__}, got {value!r}")
         # Single-precision metadata such as 9.999999747378752e-06 is written as the number it stands for, 1e-05.
         return float(str(np.float32(value))) if kind is float else value
 
     if meta.get(f"{architecture}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in header.tensors:
-        raise ValueError(f"{label}: metadata '{architecture}.rope.scaling.type': scaled rotary positions are not supported")
+        raise CheckpointError(f"{label}: metadata '{architecture}.rope.scaling.type': scaled rotary positions are not supported")
     hidden, heads = get("embedding_length", int), get("attention.head_count", int)
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
-        raise ValueError(f"{label}: tensor 'token_embd.weight' is missing")
+        raise CheckpointError(f"{label}: tensor 'token_embd.weight' is missing")
     if len(embedding.shape) != 2 or embedding.shape[1] != hidden:
-        raise ValueError(f"{label}: tensor 'token_embd.weight': shape {embedding.shape} does not end in embedding_length {hidden}")
+        raise CheckpointError(f"{label}: tensor 'token_embd.weight': shape {embedding.shape} does not end in embedding_length {hidden}")
     head_dim = get("attention.key_length", int, max(hidden // heads, 1))
     config = {
         "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[architecture]],

@@ -18,10 +18,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from llmcore import files, gguf
+from llmcore import files
+from llmcore.checkpoints import CheckpointError, CheckpointReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,26 +57,28 @@ class LanguageModel:
     @property
     def lm_head_weight(self) -> torch.Tensor:
         """(vocab_size, hidden_size), the matrix that turns the last hidden states into logits."""
-        return self.model.get_output_embeddings().weight
+        head: Any = self.model.get_output_embeddings()
+        return head.weight
 
     @property
     def embedding_weight(self) -> torch.Tensor:
         """(vocab_size, hidden_size), the input embedding."""
-        return self.model.get_input_embeddings().weight
+        embedding: Any = self.model.get_input_embeddings()
+        return embedding.weight
 
     def chat_ids(self, messages: list[dict[str, str]] | str, *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation under the model's chat template; a plain string is one user message."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False)
-        return [int(i) for i in ids]
+        return list(ids)  # type: ignore[arg-type]
 
     def fingerprint(self) -> str:
         """Hex digest of the live parameters (names, dtypes, shapes, every byte): equal only for equal weights. About 0.5 s per GB."""
         digest = hashlib.blake2b(digest_size=16)
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            digest.update(parameter.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+            digest.update(memoryview(parameter.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         return digest.hexdigest()
 
     def tokenizer_fingerprint(self) -> str:
@@ -224,24 +226,13 @@ def _quietly(function, *args, **kwargs):
 
 
 def _convert(path: Path, folder: Path) -> None:
-    with open(path, "rb") as file:
-        header = gguf.read_header(file, path.stat().st_size, str(path))
-        config = gguf.huggingface_config(header, str(path))
-        architecture = config["model_type"]
-        tensors = {}
-        for stored in header.tensors.values():
-            name = gguf.huggingface_name(stored.name)
-            if name is None:
-                raise ValueError(f"{path}: tensor {stored.name!r}: no such tensor in a {architecture} model")
-            file.seek(stored.offset)
-            raw = np.frombuffer(file.read(stored.nbytes), dtype=np.uint8)
-            values = gguf.dequantize(raw, stored.type).reshape(stored.shape)
-            if num_heads := gguf.interleaved_heads(architecture, stored.name, config):
-                if values.shape[0] % (2 * num_heads):
-                    raise ValueError(f"{path}: tensor {stored.name!r}: {values.shape[0]} rows are not {num_heads} heads of even size")
-                values = values[gguf.huggingface_rows(np.arange(values.shape[0]), values.shape[0], num_heads)]
-            tensors[name] = torch.from_numpy(values)
-    tokenizer, settings = _tokenizer(header.metadata, str(path))
+    with CheckpointReader(path) as reader:
+        config, metadata = reader.config, reader.metadata
+        known = reader.huggingface_names()
+        if foreign := sorted(set(reader.names()) - set(known.values())):
+            raise CheckpointError(f"{path}: tensor {foreign[0]!r}: no such tensor in a {config['model_type']} model")
+        tensors = {name: reader.read(name, dtype=torch.float32) for name in known}
+    tokenizer, settings = _tokenizer(metadata, str(path))
     tokenizer.save(str(folder / "tokenizer.json"))
     files.write_json(folder / "tokenizer_config.json", settings | {"model_max_length": config["max_position_embeddings"]})
     files.write_json(folder / "config.json", config | {"dtype": "float32"})
@@ -265,8 +256,9 @@ def _tokenizer(metadata: dict[str, Any], label: str) -> tuple[Any, dict[str, Any
         return metadata[f"tokenizer.ggml.{key}"]
 
     kind, pre = need("model"), metadata.get("tokenizer.ggml.pre", "default")
-    splits = {"smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-              "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)]}
+    splits: dict[str, list[Any]] = {
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)]}
     for known, pattern in (("llama-bpe", _LLAMA3), ("qwen2", _QWEN2)):
         splits[known] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
                          pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

@@ -1,0 +1,607 @@
+"""Read single tensors, rows and slices out of a checkpoint on disk without loading it.
+
+`CheckpointReader` opens a safetensors file, a directory of shards with its index, or a GGUF file. Opening parses headers only; after that
+each request reads the bytes it needs (positioned reads of at most 8 MB) and nothing else. For a 70B model in 16 bits two layers and 4,096
+embedding rows are 3.5 GB of 138 GB.
+
+Nothing in a file is believed. Header lengths, counts, shapes and offsets are checked against the size of the file before memory is taken;
+overlaps, holes, duplicate names, shards that are missing or lie outside the directory, special files and pickles are refused with a
+`CheckpointError` that names the file and the field. Memory for parsing is bounded by a small multiple of the header's bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmcore import gguf
+from llmcore.files import CheckpointError, CountedFile
+
+__all__ = ["CheckpointError", "CheckpointReader", "MissingFile", "MissingTensor"]
+
+# safetensors dtype -> (torch dtype, bits); None: a format that is recognised but has no torch dtype to read it into.
+_DTYPES: dict[str, tuple[torch.dtype | None, int]] = {
+    "F64": (torch.float64, 64), "F32": (torch.float32, 32), "F16": (torch.float16, 16), "BF16": (torch.bfloat16, 16),
+    "F8_E4M3": (torch.float8_e4m3fn, 8), "F8_E5M2": (torch.float8_e5m2, 8), "F8_E8M0": (torch.float8_e8m0fnu, 8),
+    "I64": (torch.int64, 64), "I32": (torch.int32, 32), "I16": (torch.int16, 16), "I8": (torch.int8, 8), "U8": (torch.uint8, 8),
+    "U16": (torch.uint16, 16), "U32": (torch.uint32, 32), "U64": (torch.uint64, 64), "BOOL": (torch.bool, 8), "C64": (torch.complex64, 64),
+    "F4": (None, 4), "F6_E2M3": (None, 6), "F6_E3M2": (None, 6),
+}
+_GGUF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8,
+                "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+_SCALED = ("F8_E4M3", "F8_E5M2")
+# Where quantisers put the multiplier of `<module>.weight`: W = stored * scale in all of them, the name with "inv" included.
+_SCALE_NAMES = ("{0}_scale_inv", "{0}_scale", "{1}.scale_weight", "{0}.scale")
+_MAX_HEADER = 100_000_000  # the safetensors format's own limit
+_MAX_JSON = 4_000_000  # config.json, and an index that is parsed as any JSON
+_MAX_NAME = 65_535
+_MAX_ENTRY = 16_384  # one tensor record in a safetensors header
+_MAX_DIMENSIONS = 64
+_WASTE = 1 / 32  # bytes between wanted rows that may be read along, as a share of the wanted bytes
+_CHUNK_BYTES = 8 << 20
+
+
+class MissingFile(CheckpointError, FileNotFoundError):
+    """A file that the path or the index names does not exist."""
+
+    __str__ = ValueError.__str__
+
+
+class MissingTensor(CheckpointError, KeyError):
+    """A tensor name that the checkpoint does not hold."""
+
+    __str__ = ValueError.__str__
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where one stored tensor lies: file, dtype name as stored, shape, absolute byte range."""
+
+    file: CountedFile
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class CheckpointReader:
+    """Random access to the tensors of a checkpoint.
+
+    Args:
+        path: a directory (safetensors, single or sharded, or one .gguf), a .safetensors file, a .safetensors.index.json or a .gguf file.
+        unscaled_fp8: what to do with an 8-bit float weight matrix that has no scale beside it: "error", or "one" to take the stored
+            numbers as they are.
+
+    Names are those of the file. A GGUF file of a llama-like model also answers to the Hugging Face names (`model.layers.0...`), with query
+    and key rows in Hugging Face order; `huggingface_names()` lists them. Reads may come from several threads.
+
+    Attributes: path, format ("safetensors" or "gguf"), bytes_read (everything that left the files, headers included), header_bytes.
+
+    Example:
+        with CheckpointReader("smollm2-dir") as reader:
+            q = reader.read("model.layers.29.self_attn.q_proj.weight", dtype=torch.float32)
+            rows = reader.rows("model.embed_tokens.weight", [5, 17, 5])
+            print(reader.bytes_read)
+    """
+
+    def __init__(self, path: str | Path, *, unscaled_fp8: str = "error"):
+        if unscaled_fp8 not in ("error", "one"):
+            raise ValueError(f"unscaled_fp8 must be 'error' or 'one', got {unscaled_fp8!r}")
+        self.path = Path(path).expanduser()
+        self._unscaled_fp8 = unscaled_fp8
+        self._files: list[CountedFile] = []
+        self._entries: dict[str, _Entry] = {}
+        self._aliases: dict[str, str] = {}
+        self._config: dict[str, Any] | None = None
+        self.metadata: dict[str, Any] = {}
+        self.format = "safetensors"
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+        self.header_bytes = self.bytes_read
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries or name in self._aliases
+
+    def close(self) -> None:
+        """Close the files; what was read stays valid."""
+        for file in self._files:
+            file.close()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that left the files so far, headers included."""
+        return sum(file.bytes_read for file in self._files)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json ({} when there is none), or the equivalent made from a GGUF file's metadata."""
+        if self._config is None:
+            self._config = self._read_config()
+        return self._config
+
+    def names(self) -> list[str]:
+        """Names of all stored tensors, in the file's order."""
+        return list(self._entries)
+
+    def huggingface_names(self) -> dict[str, str]:
+        """Hugging Face name -> stored name; the identity for safetensors."""
+        return dict(self._aliases) if self.format == "gguf" else {name: name for name in self._entries}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Row-major shape, rows first (GGUF's reversed dimensions are turned)."""
+        return self._entry(name)[1].shape
+
+    def dtype(self, name: str) -> str:
+        """Stored type as the file spells it: "F32", "BF16", "F8_E4M3", "Q4_1" ..."""
+        return self._entry(name)[1].dtype
+
+    def nbytes(self, name: str) -> int:
+        """Stored bytes of the tensor, scales not counted."""
+        return self._entry(name)[1].nbytes
+
+    def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole tensor, on the CPU, in memory of its own.
+
+        dtype None: the stored type where torch has it; float32 for quantised blocks and for 8-bit floats (multiplied by their scales).
+        """
+        stored, entry = self._entry(name)
+        return self._rows(name, stored, entry, [(0, entry.shape[0] if entry.shape else 1)], None, dtype).reshape(entry.shape)
+
+    def slice(self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows [start, stop) of the first dimension."""
+        stored, entry = self._entry(name)
+        if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
+            raise ValueError(f"{entry.file.path}: tensor {name!r}: rows [{start}, {stop}) are not inside shape {entry.shape}")
+        if name in self._aliases and self._interleaved(stored):
+            return self.rows(name, np.arange(start, stop), dtype=dtype)
+        return self._rows(name, stored, entry, [(start, stop)], None, dtype)
+
+    def rows(self, name: str, ids: Sequence[int] | np.ndarray | torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows `ids` of the first dimension in the order given (repeats allowed).
+
+        Only these rows are read; rows that lie close are fetched in one request as long as what is read along stays below 1/32.
+        """
+        stored, entry = self._entry(name)
+        wanted = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids)
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+            raise TypeError(f"ids must be a 1-D sequence of integers, got {wanted.dtype} of shape {wanted.shape}")
+        if not entry.shape:
+            raise ValueError(f"{entry.file.path}: tensor {name!r} is a scalar and has no rows")
+        num_rows = entry.shape[0]
+        if wanted.size and (int(wanted.min()) < 0 or int(wanted.max()) >= num_rows):
+            raise ValueError(f"ids must lie in [0, {num_rows}) for tensor {name!r} of {entry.file.path}, "
+                             f"got {int(wanted.min())} to {int(wanted.max())}")
+        wanted = wanted.astype(np.int64)
+        if name in self._aliases and (heads := self._interleaved(stored)):
+            wanted = gguf.huggingface_rows(wanted, num_rows, heads)
+        unique, order = np.unique(wanted, return_inverse=True)
+        spans = _spans(unique)
+        starts = np.array([start for start, _ in spans], dtype=np.int64)
+        begin = np.cumsum([0, *(stop - start for start, stop in spans)])[:-1]  # where each span starts among the rows that are read
+        which = np.searchsorted(starts, unique, side="right") - 1
+        positions = (begin[which] + unique - starts[which])[order] if unique.size else unique
+        return self._rows(name, stored, entry, spans, positions, dtype)
+
+    # What is below turns rows of bytes into values.
+
+    def _rows(self, name: str, stored: str, entry: _Entry, spans: list[tuple[int, int]], positions: np.ndarray | None,
+              dtype: torch.dtype | None) -> torch.Tensor:
+        """Read the row spans, pick `positions` among the rows read (None: all, in order), scale, turn into `dtype`."""
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype or None, got {type(dtype).__name__}")
+        native = _GGUF_DTYPES.get(entry.dtype) if self.format == "gguf" else _DTYPES[entry.dtype][0]
+        if native is None and self.format == "safetensors":
+            raise CheckpointError(f"{entry.file.path}: tensor {stored!r}: dtype {entry.dtype} cannot be read")
+        scale = self._scale(stored, entry)
+        target = torch.float32 if scale is not None or native is None else (dtype or native)
+        values = _span_values(entry, spans, native, target, f"tensor {stored!r}")
+        if positions is None and name in self._aliases and (heads := self._interleaved(stored)):
+            positions = gguf.huggingface_rows(np.arange(len(values)), len(values), heads)
+        if positions is not None and not np.array_equal(positions, np.arange(len(values))):
+            values = values[torch.from_numpy(positions)]
+        if scale is not None:
+            ids = np.concatenate([np.arange(start, stop) for start, stop in spans]) if spans else np.empty(0, dtype=np.int64)
+            values = _apply_scale(values, scale, torch.from_numpy(ids if positions is None else ids[positions]), entry, self._block_shape(),
+                                  f"{entry.file.path}: tensor {stored!r}")
+        return values if dtype is None else values.to(dtype)
+
+    def _interleaved(self, stored: str) -> int:
+        """Heads of a rotary-interleaved tensor (0 for others); checked once against the rows it has."""
+        heads = gguf.interleaved_heads(self.config.get("model_type", ""), stored, self.config)
+        rows = self._entries[stored].shape[0] if self._entries[stored].shape else 0
+        if heads and rows % (2 * heads):
+            raise CheckpointError(f"{self.path}: tensor {stored!r}: {rows} rows are not {heads} heads of even size")
+        return heads
+
+    def _scale(self, stored: str, entry: _Entry) -> torch.Tensor | None:
+        """The scale tensor of an 8-bit float weight, float32; None for everything else."""
+        if entry.dtype not in _SCALED or self.format == "gguf":
+            return None
+        tried = [pattern.format(stored, stored.removesuffix(".weight")) for pattern in _SCALE_NAMES]
+        for name in tried:
+            if name in self._entries and self._entries[name].dtype not in _SCALED:
+                return self.read(name, dtype=torch.float32)
+        if len(entry.shape) < 2 or self._unscaled_fp8 == "one":
+            return None
+        raise CheckpointError(f"{entry.file.path}: tensor {stored!r}: {entry.dtype} weights without a scale "
+                              f"(looked for {', '.join(tried)}); pass unscaled_fp8='one' if the stored numbers are the weights")
+
+    def _block_shape(self) -> tuple[int, int]:
+        quantisation = self.config.get("quantization_config")
+        block = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
+        if isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block):
+            return block[0], block[1]
+        return 128, 128
+
+    def _entry(self, name: str) -> tuple[str, _Entry]:
+        stored = name if name in self._entries else self._aliases.get(name)
+        if stored is None:
+            raise MissingTensor(f"{self.path}: no tensor {name!r} among {len(self._entries)}{_similar(name, self._entries)}")
+        return stored, self._entries[stored]
+
+    # What is below finds the files and parses headers.
+
+    def _open(self) -> None:
+        path = self.path
+        if not path.exists():
+            raise MissingFile(f"{path}: no such file or directory")
+        if path.is_dir():
+            self._open_directory(path)
+        elif path.name.endswith(".index.json"):
+            self._open_index(path)
+        elif path.suffix == ".gguf":
+            self._open_gguf(path)
+        elif path.suffix == ".safetensors":
+            self._add_safetensors(path, None)
+        else:
+            _refuse_pickle(path)
+            raise CheckpointError(f"{path}: not a .safetensors, .safetensors.index.json or .gguf file")
+
+    def _open_directory(self, folder: Path) -> None:
+        present = sorted(p.name for p in folder.iterdir())
+        tensors = [name for name in present if name.endswith(".safetensors")]
+        indexes = [name for name in present if name.endswith(".safetensors.index.json")]
+        ggufs = [name for name in present if name.endswith(".gguf")]
+        if "model.safetensors" in tensors:
+            self._add_safetensors(_inside(folder, "model.safetensors", folder), None)
+        elif indexes:
+            if len(indexes) > 1 and "model.safetensors.index.json" not in indexes:
+                raise CheckpointError(f"{folder}: several indexes ({', '.join(indexes)}); pass one of them")
+            self._open_index(_inside(folder, "model.safetensors.index.json" if len(indexes) > 1 else indexes[0], folder))
+        elif "adapter_config.json" in present and tensors == ["adapter_model.safetensors"]:
+            raise CheckpointError(f"{folder}: holds an adapter, not a model: give the base model too (the adapter's own tensors are in "
+                                  f"{folder / 'adapter_model.safetensors'})")
+        elif tensors:
+            self._open_shards(folder, tensors)
+        elif len(ggufs) == 1:
+            self._open_gguf(_inside(folder, ggufs[0], folder))
+        elif ggufs:
+            raise CheckpointError(f"{folder}: {len(ggufs)} .gguf files; pass one of them")
+        else:
+            for name in present:
+                _refuse_pickle(folder / name)
+            raise MissingFile(f"{folder}: holds neither .safetensors nor .gguf files")
+
+    def _open_shards(self, folder: Path, names: list[str]) -> None:
+        """Shards without an index: one file, or a complete set numbered k-of-n."""
+        if len(names) > 1:
+            numbered = [re.fullmatch(r"(.*)-(\d{1,9})-of-(\d{1,9})\.safetensors", name) for name in names]
+            first = numbered[0]
+            if first is None or any(m is None or (m[1], m[3]) != (first[1], first[3]) for m in numbered):
+                raise CheckpointError(f"{folder}: several .safetensors files that are no numbered set and have no index; pass one of them")
+            have, total = {int(m[2]) for m in numbered if m}, int(first[3])
+            if len(have) != len(names) or len(names) != total or have != set(range(1, total + 1)):
+                missing = next((k for k in range(1, total + 1) if k not in have), None)
+                first_missing = f"{first[1]}-{missing or 0:0{len(first[2])}d}-of-{first[3]}.safetensors"
+                raise MissingFile(f"{folder}: {len(names)} of {total} shards" + (f", {first_missing} is missing" if missing else ""))
+        for name in names:
+            self._add_safetensors(_inside(folder, name, folder), None)
+
+    def _open_index(self, path: Path) -> None:
+        index = self._read_json(path, flat=True)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{path}: weight_map: must be an object of tensor names to file names")
+        shards: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not file.endswith(".safetensors") or file != Path(file).name or "\\" in file or "\0" in file:
+                raise CheckpointError(f"{path}: weight_map[{_short(name)}]: must be the name of a .safetensors file in the same directory, "
+                                      f"got {_short(file)}")
+            shards.setdefault(file, []).append(name)
+        for file, names in shards.items():
+            if not (path.parent / file).exists():
+                raise MissingFile(f"{path}: weight_map: shard {_short(file)} is missing; it should hold {_short(names[0])} "
+                                  f"and {len(names) - 1} more")
+            self._add_safetensors(_inside(path.parent, file, path.parent), set(names))
+
+    def _add_safetensors(self, path: Path, wanted: set[str] | None) -> None:
+        """Add a file's tensors: all, or those that the index assigns to it."""
+        file = self._file(path)
+        entries = _safetensors_header(file)
+        if wanted is not None:
+            if absent := sorted(wanted - entries.keys()):
+                raise MissingTensor(f"{path}: tensor {_short(absent[0])}: the index says it is in this shard, its header does not have it")
+            entries = {name: entry for name, entry in entries.items() if name in wanted}
+        for name in entries:
+            if name in self._entries:
+                raise CheckpointError(f"{path}: tensor {_short(name)}: also in {self._entries[name].file.path}")
+        self._entries.update(entries)
+
+    def _open_gguf(self, path: Path) -> None:
+        self.format = "gguf"
+        file = self._file(path)
+        header = gguf.read_header(file)
+        self._header = header
+        self.metadata = header.metadata
+        self._entries = {t.name: _Entry(file, t.type, t.shape, t.offset, t.nbytes) for t in header.tensors.values()}
+        if header.metadata.get("general.architecture") in gguf.ARCHITECTURES:
+            self._aliases = {alias: name for name in self._entries if (alias := gguf.huggingface_name(name))}
+
+    def _file(self, path: Path) -> CountedFile:
+        try:
+            file = CountedFile(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+        self._files.append(file)
+        return file
+
+    def _read_config(self) -> dict[str, Any]:
+        if self.format == "gguf":
+            return gguf.huggingface_config(self._header, str(self._files[0].path))
+        folder = self.path if self.path.is_dir() else self.path.parent
+        if not (folder / "config.json").exists():
+            return {}
+        return self._read_json(_inside(folder, "config.json", folder))
+
+    def _read_json(self, path: Path, *, flat: bool = False) -> dict[str, Any]:
+        file = self._file(path)
+        try:
+            if file.size > (_MAX_HEADER if flat else _MAX_JSON):
+                raise CheckpointError(f"{path}: {file.size} bytes of JSON, at most {_MAX_HEADER if flat else _MAX_JSON}")
+            text = file.read(file.size, 0, "content").decode()
+            if file.size > _MAX_JSON:  # the index of a model with very many tensors
+                value = dict(_flat_records(text, lambda field, problem: CheckpointError(f"{path}: {field}: {problem}"), limit=_MAX_HEADER))
+            else:
+                value = json.loads(text, object_pairs_hook=_unique_pairs)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path}: not valid JSON: {_short(str(error))}") from None
+        finally:
+            file.close()
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: must hold a JSON object")
+        return value
+
+
+def _safetensors_header(file: CountedFile) -> dict[str, _Entry]:
+    """Parse one safetensors header: 8-byte length, JSON object of records, data that the records cover without hole or overlap."""
+
+    def fail(field: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{file.path}: {field}: {problem}")
+
+    if file.size < 8:
+        raise fail("header length", f"the file has {file.size} bytes, fewer than 8")
+    length = int.from_bytes(file.read(8, 0, "header length"), "little")
+    if length > _MAX_HEADER or length > file.size - 8:
+        raise fail("header length", f"{length} bytes, at most {min(_MAX_HEADER, file.size - 8)} are possible in a file of {file.size}")
+    try:
+        text = file.read(length, 8, "header").decode()
+    except UnicodeDecodeError:
+        raise fail("header", "not UTF-8") from None
+    data_start, data_bytes = 8 + length, file.size - 8 - length
+    entries: dict[str, _Entry] = {}
+    for name, record in _flat_records(text, fail, limit=_MAX_ENTRY):
+        if name == "__metadata__":
+            if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
+                raise fail("__metadata__", "must be an object of strings")
+            continue
+        field = f"tensor {_short(name)}"
+        if name in entries:
+            raise fail(field, "occurs twice")
+        if set(record) != {"dtype", "shape", "data_offsets"}:
+            raise fail(field, f"must have dtype, shape and data_offsets, got {_short(', '.join(record))}")
+        dtype, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise fail(f"{field} dtype", f"{_short(dtype)} is not one of {', '.join(_DTYPES)}")
+        if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
+            raise fail(f"{field} shape", f"must be at most {_MAX_DIMENSIONS} non-negative 64-bit integers, got {_short(shape)}")
+        if (not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets)
+                or not 0 <= offsets[0] <= offsets[1]):
+            raise fail(f"{field} data_offsets", f"must be two ascending offsets, got {_short(offsets)}")
+        if offsets[1] > data_bytes:
+            raise fail(f"{field} data_offsets", f"end at {_short(offsets[1])}, the file holds {data_bytes} bytes of data (truncated?)")
+        bits = math.prod(shape) * _DTYPES[dtype][1]
+        if bits != 8 * (offsets[1] - offsets[0]):
+            raise fail(f"{field} shape", f"{_short(shape)} of {dtype} needs {_short(bits / 8 if bits % 8 else bits // 8)} bytes, "
+                       f"data_offsets give {offsets[1] - offsets[0]}")
+        entries[sys.intern(name)] = _Entry(file, dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
+    end, last = data_start, "header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != end:
+            what = "overlaps" if entry.offset < end else "leaves a hole after"
+            raise fail(f"tensor {_short(name)} data_offsets",
+                       f"start at {entry.offset - data_start}, which {what} {last} (end {end - data_start})")
+        end, last = entry.offset + entry.nbytes, f"tensor {_short(name)}"
+    if end != file.size:
+        raise fail("data", f"{file.size - end} bytes at the end belong to no tensor")
+    return entries
+
+
+# One record is a flat object: no nested braces outside strings. Parsing record by record keeps memory proportional to the header, which a
+# general JSON parser does not (a header of "[[],[],..." would cost twenty times its size).
+# The patterns are unrolled, so that they match in linear time and one step per string, not per character.
+_SPACE = re.compile(r"[ \t\r\n]*")
+_NAME = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
+_RECORD = re.compile(r'\{[^{}"]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^{}"]*)*\}')
+
+
+def _flat_records(text: str, fail: Any, *, limit: int) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(key, object) pairs of a JSON object whose values are flat objects of at most `limit` characters (metadata, which may be longer, is
+    checked for form and then left out)."""
+
+    def skip(position: int) -> int:
+        return _SPACE.match(text, position).end()  # type: ignore[union-attr]
+
+    position = skip(0)
+    if not text.startswith("{", position):
+        raise fail("header", "must be a JSON object")
+    position = skip(position + 1)
+    if text.startswith("}", position) and skip(position + 1) == len(text):
+        return
+    while True:
+        key = _NAME.match(text, position)
+        colon = skip(key.end()) if key else -1
+        if key is None or not text.startswith(":", colon) or key.end() - position > _MAX_NAME:
+            raise fail("header", f"malformed JSON at character {position}")
+        start = skip(colon + 1)
+        record = _RECORD.match(text, start)
+        try:
+            name = json.loads(key[0])
+            if record is None or (record.end() - start > limit and name != "__metadata__"):
+                raise fail(f"tensor {_short(name)}", f"record at character {start} is not a flat object of at most {limit} characters")
+            value = {} if record.end() - start > limit else json.loads(record[0], object_pairs_hook=_unique_pairs)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise fail("header", f"malformed JSON at character {position}: {_short(str(error))}") from None
+        yield name, value
+        position = skip(record.end())
+        if text.startswith("}", position) and skip(position + 1) == len(text):
+            return
+        if not text.startswith(",", position):
+            raise fail("header", f"malformed JSON at character {position}")
+        position = skip(position + 1)
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {_short(twice)} occurs twice")
+    return value
+
+
+def _inside(folder: Path, name: str, label: Path) -> Path:
+    """`folder/name`, refused when it is a link that leads out of the folder (the hub cache's own blobs are allowed)."""
+    path = folder / name
+    real, home = path.resolve(), folder.resolve()
+    if real.parent == home:
+        return path
+    # Layout of the hub cache: <repo>/snapshots/<revision>/<name> -> <repo>/blobs/<digest>.
+    if home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs":
+        return path
+    raise CheckpointError(f"{label}: {name}: leads out of the directory, to {real}")
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise CheckpointError(f"{path}: pickled weights can run code and are not read; "
+                              "save the model with save_pretrained, which writes safetensors")
+
+
+def _spans(unique: np.ndarray) -> list[tuple[int, int]]:
+    """Ascending distinct rows -> half-open spans; the smallest gaps are closed while the rows read along stay below _WASTE."""
+    if unique.size == 0:
+        return []
+    gaps = np.diff(unique) - 1
+    inner = np.sort(gaps[gaps > 0])
+    affordable = int(np.searchsorted(np.cumsum(inner), int(unique.size * _WASTE), side="right"))
+    # Gaps strictly below the first one that does not fit are closed: ties are all left open, so the bound holds.
+    threshold = int(inner[affordable]) if affordable < inner.size else int(gaps.max(initial=0)) + 1
+    cuts = np.flatnonzero((gaps > 0) & (gaps >= threshold))
+    starts, stops = np.concatenate([[0], cuts + 1]), np.concatenate([cuts, [unique.size - 1]])
+    return [(int(unique[a]), int(unique[b]) + 1) for a, b in zip(starts, stops, strict=True)]
+
+
+def _span_values(entry: _Entry, spans: list[tuple[int, int]], native: torch.dtype | None, target: torch.dtype,
+                 field: str) -> torch.Tensor:
+    """The rows of the spans, one after the other, as `target`. Peak memory: the result and one chunk of 8 MB (or one row)."""
+    row_shape = entry.shape[1:]
+    row_bytes = entry.nbytes // max(entry.shape[0] if entry.shape else 1, 1)
+    out = torch.empty((sum(stop - start for start, stop in spans), *row_shape), dtype=target)
+    if not out.numel():
+        return out
+    if len(spans) > 1:
+        for start, stop in spans:
+            entry.file.announce(entry.offset + start * row_bytes, (stop - start) * row_bytes)
+    direct: Any = out.view(-1).view(torch.uint8).numpy().data if native == target and native != torch.bool else None
+    step = max(_CHUNK_BYTES // row_bytes, 1)
+    chunk = None if direct is not None else np.empty(min(step, len(out)) * row_bytes, dtype=np.uint8)
+    place = 0
+    for start, stop in spans:
+        if direct is not None:
+            length = (stop - start) * row_bytes
+            entry.file.read_into(direct[place * row_bytes:place * row_bytes + length], entry.offset + start * row_bytes, field)
+            place += stop - start
+            continue
+        assert chunk is not None
+        for row in range(start, stop, step):
+            count = min(step, stop - row)
+            raw = chunk[:count * row_bytes]
+            entry.file.read_into(raw.data, entry.offset + row * row_bytes, field)
+            if native is None:
+                part = torch.from_numpy(gguf.dequantize(raw, entry.dtype))
+            elif native == torch.bool:
+                part = torch.from_numpy(raw != 0)  # a byte other than 0 and 1 must not become a torch.bool as it stands
+            else:
+                part = torch.from_numpy(raw).view(native)
+            out[place:place + count] = part.reshape(count, *row_shape)
+            place += count
+    return out
+
+
+def _apply_scale(values: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor, entry: _Entry, block: tuple[int, int],
+                 label: str) -> torch.Tensor:
+    """stored * scale for one scale per tensor, per row, or per block of rows and columns; `ids` are the row numbers of `values`."""
+    if scale.numel() == 1:
+        return values.mul_(scale.reshape(()))
+    rows = entry.shape[0] if entry.shape else 1
+    if scale.shape in ((rows,), (rows, 1)) and values.ndim >= 1:
+        return values.mul_(scale.reshape(rows)[ids].reshape(-1, *[1] * (values.ndim - 1)))
+    if values.ndim == 2 and scale.ndim == 2:
+        expected = (-(-rows // block[0]), -(-entry.shape[1] // block[1]))
+        if tuple(scale.shape) == expected:
+            per_row = scale[ids // block[0]]
+            for column in range(expected[1]):
+                values[:, column * block[1]:(column + 1) * block[1]].mul_(per_row[:, column:column + 1])
+            return values
+    raise CheckpointError(f"{label}: scale of shape {tuple(scale.shape)} fits neither the tensor, nor its {rows} rows, "
+                          f"nor blocks of {block}")
+
+
+def _short(value: Any, limit: int = 120) -> str:
+    """repr for a message, cut: names and numbers in a hostile file can be megabytes long."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number beyond 2**256"
+    if isinstance(value, list):
+        value = value[:16]
+        if any(isinstance(item, int) and item.bit_length() > 256 for item in value):
+            return "a list with a number beyond 2**256"
+    text = repr(value[:limit] if isinstance(value, str) else value)
+    return text if len(text) <= limit + 8 else text[:limit] + "..."
+
+
+def _similar(name: str, names: Iterable[str]) -> str:
+    tail = name.rsplit(".", 2)[-2:]
+    close = next((other for other in names if other.rsplit(".", 2)[-2:] == tail), None)
+    return f" (there is {close!r})" if close else ""
