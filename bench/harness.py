@@ -1,0 +1,190 @@
+"""Measuring, shared by every bench file: interleaved rounds, peak resident memory in a fresh process, the machine's own GEMM rate, JSON
+results.
+
+rows = interleaved({"ours": step_a, "peer": step_b}, rounds=7)        median and percentiles of each, in the order a, b, a, b, …
+bytes = peak_memory(build_step, args)                                 peak resident bytes of one step above its resident inputs
+save("linear_logprob", rows)                                          bench/results/<device>/linear_logprob.json
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    return model.group(1).strip() if model else platform.processor() or platform.machine()
+
+
+def device_slug() -> str:
+    level = {0: "baseline", 1: "avx2", 2: "avx512", 3: "avx512-bf16"}
+    name = device_name()
+    if not torch.cuda.is_available():
+        from llmcore.kernels import backends
+
+        name += f" {level[torch.ops.llmcore.extension_info()]}" if backends.extension_error() is None else ""
+        name += f" {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def header() -> dict[str, Any]:
+    """Device, versions, threads, commit and date: what every result file states."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: found for name in PACKAGES if (found := version(name))},
+        "python": platform.python_version(),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "kernels", "csrc") else ""),
+        "date": datetime.date.today().isoformat(),
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1, slow_rounds: int = 3, slow_factor: float = 3.0
+) -> dict[str, dict[str, Any]]:
+    """Run the steps in turn, round after round, so that drift of the machine hits all alike.
+
+    A step slower than slow_factor times the fastest runs only slow_rounds rounds; its number of rounds is in the result.
+    Returns name -> {median_ms, p20_ms, p80_ms, min_ms, cpu_ms (process time, median), rounds}.
+    """
+    first: dict[str, float] = {}
+    for name, step in steps.items():
+        for _ in range(max(warmup, 1)):
+            _synchronize()
+            begin = time.perf_counter()
+            step()
+            _synchronize()
+            first[name] = time.perf_counter() - begin
+    fastest = min(first.values())
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        for name, step in steps.items():
+            if turn >= slow_rounds and first[name] > slow_factor * fastest:
+                continue
+            _synchronize()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            step()
+            _synchronize()
+            wall[name].append((time.perf_counter() - begin) * 1e3)
+            cpu[name].append((time.process_time() - begin_cpu) * 1e3)
+
+    def at(values: list[float], share: float) -> float:
+        ordered = sorted(values)
+        return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
+
+    return {
+        name: {"median_ms": statistics.median(t), "p20_ms": at(t, 0.2), "p80_ms": at(t, 0.8), "min_ms": min(t), "cpu_ms":
+        statistics.median(cpu[name]),
+               "rounds": len(t)}
+        for name, t in wall.items()
+    }  # fmt: skip
+
+
+def _status(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+
+def _measure_peak(connection, build: Callable[..., Callable[[], Any]], args: tuple, warm: bool) -> None:
+    try:
+        step = build(*args)
+        if warm:  # one step outside the measurement: compilation, thread pools
+            step()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            torch.cuda.synchronize()
+            connection.send(torch.cuda.max_memory_allocated() - before)
+            return
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at the present resident size
+        before = _status("VmRSS")
+        step()
+        connection.send(_status("VmHWM") - before)
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+def peak_memory(build: Callable[..., Callable[[], Any]], args: tuple = (), *, warm: bool = True, threads: int | None = None) -> int:
+    """Peak bytes of one step above its resident inputs, in a fresh process: resident set on CPU, allocator on a GPU.
+
+    build(*args) makes the inputs and returns the step; both must be picklable (module-level). The step's results must be dropped by itself.
+    glibc's allocator is told to give freed blocks back, or the warm step's memory would count as resident before the measured one.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    settings = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    if threads is not None:
+        settings["OMP_NUM_THREADS"] = str(threads)
+    before = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
+    try:
+        process = context.Process(target=_measure_peak, args=(sender, build, args, warm))
+        process.start()
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        answer = "the measuring process died"
+    process.join()
+    if isinstance(answer, str):
+        raise RuntimeError(f"peak_memory: {answer}")
+    return answer
+
+
+def gemm_step(m: int, n: int, k: int, dtype: torch.dtype, device: str = "cpu") -> Callable[[], Any]:
+    """One library product (m, k) · (n, k)ᵀ, to be interleaved with what is measured: 2·m·n·k FLOP at the rate this machine really has."""
+    a, b = torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device)
+    out = torch.empty(m, n, dtype=dtype, device=device)
+    return lambda: torch.mm(a, b.T, out=out)
+
+
+def save(name: str, content: Mapping[str, Any]) -> Path:
+    """Write bench/results/<device>/<name>.json whole or not at all."""
+    path = RESULTS / device_slug() / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**header(), **content}, indent=1) + "\n")
+    temporary.replace(path)
+    return path
