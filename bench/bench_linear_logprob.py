@@ -94,10 +94,16 @@ def measure(problem: peers.Problem, *, rounds: int, only: list[str] | None, memo
             row["scratch_bytes"] = row["peak_bytes"] - (
                 gradients if units >= 3 else hidden.numel() * hidden.element_size() if units == 2 else 0
             )
-    return {"shape": {**SHAPES[problem.name], "rows": n}, "dtype": problem.dtype, "unit_gflop": problem.unit_flop / 1e9,
-    "gradient_bytes": gradients,
-            "gemm_floor_ms_3_units": floor, "gemm":"
-            f" {name: times[name] for name in gemms}, "results": table, "missing": missing}  # fmt: skip
+    return {
+        "shape": {**SHAPES[problem.name], "rows": n},
+        "dtype": problem.dtype,
+        "unit_gflop": problem.unit_flop / 1e9,
+        "gradient_bytes": gradients,
+        "gemm_floor_ms_3_units": floor,
+        "gemm": {name: times[name] for name in gemms},
+        "results": table,
+        "missing": missing,
+    }
 
 
 def show(content: dict[str, Any]) -> None:
