@@ -7,12 +7,14 @@ A `Row` is one prompt (token embeddings behind an optional shared `Prefix`) with
     trie     samples of one row with equal tokens so far are one node: one forward row; they split when their draws differ
 
 Layout of a pool (rows prefilled together), per layer: keys and values (S slots, kv heads, prompt + tail, head_dim). The tail takes one
-position per trie node; a node sees the prompt, its ancestors and itself (a mask shared by all layers). Attention over the prefix and over the
+position per trie node; a node sees the prompt, its ancestors and itself (a mask shared by all layers). Attention over the prefix and
+over the
 slot are two partial softmaxes, merged by their log-sum-exps:   o = Σ_i o_i·exp(lse_i − lse),  lse = log Σ_i exp(lse_i).
 
 The model's own code runs: tokens of all rows are packed into one (1, M) batch with explicit positions, and only the attention function is
 replaced, through transformers' AttentionInterface. A family that does not go through it, or for which a short comparison with the
-model's own forward fails, is decoded by recomputing the whole sequence each step: slow, right, and reported (`Decoder.path`, `Decoder.why`).
+model's own forward fails, is decoded by recomputing the whole sequence each step: slow, right, and reported (`Decoder.path`,
+`Decoder.why`).
 """
 
 # S slots (rows) of a pool, M forward rows of a step, H heads, G kv heads, D head_dim, R rows of equal length L
@@ -36,7 +38,8 @@ from llmcore.sampling import MAX_SAMPLES, Sampling, draw, kept_candidates, unifo
 _NAME = "llmcore_shared"
 _active = threading.local()
 
-# Families whose packed path and inputs_embeds path tests/llmcore/test_generation.py compares with their own forward; others are probed at first use.
+# Families whose packed path and inputs_embeds path tests/llmcore/test_generation.py compares with their own forward; others are probed
+# at first use.
 VERIFIED = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"})
 
 
@@ -70,7 +73,9 @@ class Counters:
 
 
 class _Pool:
-    """Keys and values of rows prefilled together. After `store` and `extend`, position [slot, :, p] holds prompt token p (p < prompt) or a trie node."""
+    """Keys and values of rows prefilled together. After `store` and `extend`, position [slot, :, p] holds prompt token p (p < prompt)
+    or a trie node.
+    """
 
     def __init__(self, slots: int, prompt: int, tail: int):
         self.slots, self.prompt, self.tail = slots, prompt, tail
@@ -86,7 +91,7 @@ class _Pool:
             # Zeros, not empty: masked positions enter the product with weight 0, and 0 · NaN is NaN.
             self.layers[layer] = tuple(x.new_zeros(self.slots, x.shape[1], self.prompt + self.tail, x.shape[3]) for x in (key, value))  # type: ignore[assignment]
         for target, source in zip(self.layers[layer], (key, value), strict=True):
-            target[slots, :, :source.shape[2]] = source
+            target[slots, :, : source.shape[2]] = source
 
     def reserve(self, tail: int) -> None:
         """Make room for `tail` positions behind the prompt (at least doubling, so that growth costs amortised O(1) a token)."""
@@ -138,9 +143,20 @@ class Row:
         keep: keep prompt cache and first logits for `Batch.restart`.
     """
 
-    def __init__(self, embeddings: torch.Tensor | Callable[[], torch.Tensor], length: int, *, sampling: Sampling, num_samples: int = 1,
-                 prefix: Prefix | None = None, stream: tuple[int, int] = (0, 0), stop_rule: StopRule | None = None, share: bool = True,
-                 keep: bool = False, common_uniforms: bool = False):
+    def __init__(
+        self,
+        embeddings: torch.Tensor | Callable[[], torch.Tensor],
+        length: int,
+        *,
+        sampling: Sampling,
+        num_samples: int = 1,
+        prefix: Prefix | None = None,
+        stream: tuple[int, int] = (0, 0),
+        stop_rule: StopRule | None = None,
+        share: bool = True,
+        keep: bool = False,
+        common_uniforms: bool = False,
+    ):
         if num_samples < 1 or num_samples >= MAX_SAMPLES:
             raise ValueError(f"num_samples must lie in 1 … {MAX_SAMPLES - 1}, got {num_samples}")
         if length < 1:
@@ -181,8 +197,16 @@ class Row:
 # ---- attention -------------------------------------------------------------------------------------------------------------------
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, *, mask: torch.Tensor | None = None, causal: bool = False,
-            softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    *,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention with its log-sum-exp: query (B, H, Q, D), key and value (B, G, K, D) → (B, H, Q, D), (B, H, Q) float32.
 
     `mask` is boolean, broadcastable to (B, 1, Q, K); a fully masked query gives zeros and −inf.
@@ -234,8 +258,16 @@ class _PrefillPlan:
     def __init__(self, segments: list[_Segment]):
         self.segments = segments
 
-    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float | None,
-                 window: int | None) -> torch.Tensor:
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
         result = []
         for seg in self.segments:
             here = slice(seg.start, seg.start + seg.rows * seg.length)
@@ -249,8 +281,17 @@ class _PrefillPlan:
             windowed = window is not None and shift + seg.length > window
             at = torch.arange(seg.length, device=query.device)
             near = (at[:, None] - at) < window if windowed else None
-            parts = [_attend(rows(query), own_key, own_value, scale, causal=near is None, softcap=softcap,
-                             mask=None if near is None else near & (at[:, None] >= at))]
+            parts = [
+                _attend(
+                    rows(query),
+                    own_key,
+                    own_value,
+                    scale,
+                    causal=near is None,
+                    softcap=softcap,
+                    mask=None if near is None else near & (at[:, None] >= at),
+                )
+            ]
             if seg.prefix:
                 prefix_key, prefix_value = seg.prefix.pool.layers[layer]  # type: ignore[union-attr]
                 near = None
@@ -279,13 +320,13 @@ class _DecodePart:
         np.add.at(pool.next, slots, 1)
         used = int(pool.next.max())
         visible = np.zeros((pool.slots, self.width, pool.prompt + used), dtype=bool)
-        visible[:, :, :pool.prompt] = (np.arange(pool.prompt) < pool.lengths[:, None])[:, None]
+        visible[:, :, : pool.prompt] = (np.arange(pool.prompt) < pool.lengths[:, None])[:, None]
         for (_, node), slot, col, tail in zip(nodes, slots, column, entry, strict=True):
             grown = np.zeros(tail + 1, dtype=bool)
-            grown[:len(node.visible)] = node.visible
+            grown[: len(node.visible)] = node.visible
             grown[tail] = True
             node.visible = grown
-            visible[slot, col, pool.prompt:pool.prompt + tail + 1] = grown
+            visible[slot, col, pool.prompt : pool.prompt + tail + 1] = grown
         # Nobody reads the outputs of unused columns; they look at everything so that no softmax is empty.
         idle = np.ones((pool.slots, self.width), dtype=bool)
         idle[slots, column] = False
@@ -306,8 +347,10 @@ class _DecodePart:
             pool = self.pool
             query = np.zeros((pool.slots, self.width), dtype=np.int64)
             query[self._slots, self._column] = self.position
-            key = np.concatenate([np.broadcast_to(shift + np.arange(pool.prompt), (pool.slots, pool.prompt)),
-                                  pool.positions[:, :self.used - pool.prompt]], axis=1)
+            key = np.concatenate(
+                [np.broadcast_to(shift + np.arange(pool.prompt), (pool.slots, pool.prompt)), pool.positions[:, : self.used - pool.prompt]],
+                axis=1,
+            )
             near = torch.from_numpy(query[:, :, None] - key[:, None] < window).to(self._device)[:, None]
             if self.visible is not None:
                 near = near & self.visible
@@ -315,23 +358,37 @@ class _DecodePart:
             self._windowed[window] = near, before
         return self._windowed[window]
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float | None,
-               window: int | None) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
         """query (H, m, D), key and value (G, m, D) of this part's nodes → (m, H, D)."""
         keys, values = self.pool.layers[layer]
         slot, position = self.at
         keys[slot, :, position] = key.transpose(0, 1)
         values[slot, :, position] = value.transpose(0, 1)
         own, before = self.masks(window)
-        heads, count, dim = query.shape
+        heads, _count, dim = query.shape
         rows = query.transpose(0, 1)
         if self.dense:
             padded = rows
         else:
             padded = rows.new_zeros(self.pool.slots * self.width, heads, dim)
             padded[self.flat] = rows
-        out, lse = _attend(padded.unflatten(0, (self.pool.slots, self.width)).transpose(1, 2), keys[:, :, :self.used], values[:, :, :self.used],
-                           scale, mask=own, softcap=softcap)
+        out, lse = _attend(
+            padded.unflatten(0, (self.pool.slots, self.width)).transpose(1, 2),
+            keys[:, :, : self.used],
+            values[:, :, : self.used],
+            scale,
+            mask=own,
+            softcap=softcap,
+        )
         out, lse = out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
         if not self.dense:
             out, lse = out[self.flat], lse[self.flat]
@@ -346,14 +403,36 @@ class _DecodePlan:
     def __init__(self, parts: list[_DecodePart]):
         self.parts = parts
 
-    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float | None,
-                 window: int | None) -> torch.Tensor:
-        result = [part.attend(layer, *(x[0, :, part.start:part.stop] for x in (query, key, value)), scale, softcap, window) for part in self.parts]
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        result = [
+            part.attend(layer, *(x[0, :, part.start : part.stop] for x in (query, key, value)), scale, softcap, window)
+            for part in self.parts
+        ]
         return (torch.cat(result) if len(result) > 1 else result[0])[None]
 
 
-def _attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *, scaling: float | None = None,
-               softcap: float | None = None, sliding_window: int | None = None, s_aux: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
     """The attention function registered with transformers; the running plan knows where each packed token belongs."""
     plan = getattr(_active, "plan", None)
     if plan is None:
@@ -376,7 +455,9 @@ class Decoder:
     def __init__(self, model: torch.nn.Module, *, path: str = "auto"):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if "inputs_embeds" not in inspect.signature(base.forward).parameters:
-            raise TypeError(f"model must accept inputs_embeds, and {type(base).__name__}.forward does not: decoding from embeddings is impossible")
+            raise TypeError(
+                f"model must accept inputs_embeds, and {type(base).__name__}.forward does not: decoding from embeddings is impossible"
+            )
         self.model = base
         self.embedding = base.get_input_embeddings()
         self.device = self.embedding.weight.device
@@ -384,11 +465,15 @@ class Decoder:
         self.eos_ids = stop_ids(base)
         self.lock = threading.RLock()
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
-        self._configs = list({id(m.config): m.config for m in base.modules() if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")}.values())
+        self._configs = list(
+            {id(m.config): m.config for m in base.modules() if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")}.values()
+        )
         config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-        head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(1, getattr(config, "num_attention_heads", 1))
+        head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(
+            1, getattr(config, "num_attention_heads", 1)
+        )
         self.kv_bytes_per_token = 2 * heads * head_dim * getattr(config, "num_hidden_layers", 1) * self.embedding.weight.element_size()
         self.prefill_tokens = 512 if self.device.type == "cpu" else 16384
         self.path, self.why = "shared", ""
@@ -428,7 +513,9 @@ class Decoder:
         if self.path == "shared":
             prefix.pool = _Pool(1, len(embeddings), 0)
             plan = _PrefillPlan([_Segment(prefix.pool, None, 0, 1, len(embeddings), 0)])
-            self.forward(embeddings, torch.arange(len(embeddings), device=self.device), plan, torch.tensor([len(embeddings) - 1], device=self.device))
+            self.forward(
+                embeddings, torch.arange(len(embeddings), device=self.device), plan, torch.tensor([len(embeddings) - 1], device=self.device)
+            )
         return prefix
 
     def clear(self) -> None:
@@ -464,12 +551,14 @@ class Decoder:
 
     @torch.inference_mode()
     def recompute(self, sequences: list[torch.Tensor]) -> torch.Tensor:
-        """Logits (len(sequences), vocab) after each embedded sequence (L_i, d), by a plain forward: right-padded, which causality makes harmless."""
+        """Logits (len(sequences), vocab) after each embedded sequence (L_i, d), by a plain forward: right-padded, which causality makes
+        harmless.
+        """
         result = []
         limit = max(1, 4 * self.prefill_tokens // max(len(s) for s in sequences))
         with self.lock:
             for begin in range(0, len(sequences), limit):
-                part = sequences[begin:begin + limit]
+                part = sequences[begin : begin + limit]
                 lengths = torch.tensor([len(s) for s in part], device=self.device)
                 padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
                 mask = (torch.arange(padded.shape[1], device=self.device) < lengths[:, None]).long()
@@ -493,8 +582,11 @@ class Decoder:
             raise TypeError(f"model must accept inputs_embeds, and {type(self.model).__name__} failed on them: {error}") from error
         gap = float((other.float() - self._probe.float()).abs().max())
         if not gap <= self._tolerance(self._probe):
-            raise ValueError(f"model must give the same logits for input_ids and for their embeddings, got a difference of {gap:.3g}: "
-                             f"{type(self.model).__name__} scales or extends embeddings inside its forward, so a shift of them would not mean what it says")
+            raise ValueError(
+                f"model must give the same logits for input_ids and for their embeddings, got a difference of {gap:.3g}: "
+                f"{type(self.model).__name__} scales or extends embeddings inside its forward, so a shift of them would not mean "
+                f"what it says"
+            )
 
     @torch.inference_mode()
     def _compare_paths(self) -> str:
@@ -515,8 +607,12 @@ class Decoder:
                 for node in nodes:
                     node.token = token
                 part = _DecodePart(pool, prefix, list(zip(rows, nodes, strict=True)), 0, self.device)
-                logits = self.forward(self.embed([token, token]), torch.from_numpy(part.position).to(self.device), _DecodePlan([part]),
-                                      torch.arange(2, device=self.device))
+                logits = self.forward(
+                    self.embed([token, token]),
+                    torch.from_numpy(part.position).to(self.device),
+                    _DecodePlan([part]),
+                    torch.arange(2, device=self.device),
+                )
                 for node in nodes:
                     node.depth += 1
             gap = float((logits.float() - self._probe.float()).abs().max())
@@ -582,8 +678,10 @@ class Batch:
         for row in rows:
             total = row.prompt_length + row.sampling.max_new_tokens
             if limit is not None and total > limit:
-                raise ValueError(f"prompt must fit the model's context: {row.prompt_length} prompt tokens + {row.sampling.max_new_tokens} new tokens = "
-                                 f"{total} > {limit}; shorten the prompt or max_new_tokens (a prompt is never truncated)")
+                raise ValueError(
+                    f"prompt must fit the model's context: {row.prompt_length} prompt tokens + {row.sampling.max_new_tokens} new tokens = "
+                    f"{total} > {limit}; shorten the prompt or max_new_tokens (a prompt is never truncated)"
+                )
         by_prefix: dict[int, list[Row]] = {}
         for row in rows:
             by_prefix.setdefault(id(row.prefix), []).append(row)
@@ -622,8 +720,10 @@ class Batch:
             row.first_logits = first.clone() if row.kept else None
             if not row.kept and decoder.path == "shared":
                 row.embeddings = torch.empty(0)  # the cache holds all that is needed from here on
-        roots = [(row, _Node(list(range(row.num_samples)), -1, 0, row.stop_rule.begin() if row.stop_rule else None, np.zeros(0, dtype=bool)))
-                 for row in rows]
+        roots = [
+            (row, _Node(list(range(row.num_samples)), -1, 0, row.stop_rule.begin() if row.stop_rule else None, np.zeros(0, dtype=bool)))
+            for row in rows
+        ]
         self._advance(roots, logits)
 
     def _prefill(self, pool: _Pool, rows: list[Row], begin: int, stop: int) -> torch.Tensor:
@@ -649,13 +749,23 @@ class Batch:
         parts = ([row.prefix.embeddings] if row.prefix else []) + [row.embeddings] + ([self.decoder.embed(tokens)] if tokens else [])
         return torch.cat(parts)  # type: ignore[arg-type]
 
-    def restart(self, row: Row, sampling: Sampling, *, num_samples: int = 1, stop_rule: StopRule | None = None, stream: tuple[int, int] | None = None) -> None:
+    def restart(
+        self,
+        row: Row,
+        sampling: Sampling,
+        *,
+        num_samples: int = 1,
+        stop_rule: StopRule | None = None,
+        stream: tuple[int, int] | None = None,
+    ) -> None:
         """Draw other samples from a row admitted with keep=True; its prompt is not computed again."""
         if row.first_logits is None:
             raise ValueError("row must have been admitted with keep=True to be restarted")
         limit = self.decoder.context_length
         if limit is not None and row.prompt_length + sampling.max_new_tokens > limit:
-            raise ValueError(f"max_new_tokens must fit the context: {row.prompt_length} prompt tokens + {sampling.max_new_tokens} > {limit}")
+            raise ValueError(
+                f"max_new_tokens must fit the context: {row.prompt_length} prompt tokens + {sampling.max_new_tokens} > {limit}"
+            )
         row._reset(sampling, num_samples, stop_rule)
         row.stream = stream or row.stream
         row.counters.reused_tokens += num_samples * row.prompt_length
@@ -725,7 +835,9 @@ class Batch:
             broken = probs.isnan().any(-1)
             if bool(broken.any()):
                 row = nodes[members[int(broken.to(torch.uint8).argmax())]][0]
-                raise RuntimeError(f"the model gave NaN logits for query {row.stream[0]}, row {row.stream[1]}: no verdict or text can be made of them")
+                raise RuntimeError(
+                    f"the model gave NaN logits for query {row.stream[0]}, row {row.stream[1]}: no verdict or text can be made of them"
+                )
             sizes = [len(nodes[i][1].samples) for i in members]
             which = np.repeat(np.arange(len(members)), sizes)
             query = np.repeat([nodes[i][0].stream[0] & 0xFFFFFFFF for i in members], sizes)

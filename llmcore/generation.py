@@ -4,7 +4,8 @@
     sample_from_embeddings(model, prefixes)   N samples a prefix (token ids or embeddings), prefill shared by its samples
     stream(model, prompt)                     pieces of text as they come
 
-A token depends on (sampling.seed, query id, sample, step) and the model's logits only: batch size, order and company of a prompt change nothing
+A token depends on (sampling.seed, query id, sample, step) and the model's logits only: batch size, order and company of a prompt change
+nothing
 beyond rounding of the model itself. Decoding is described in `llmcore.decoding`, drawing in `llmcore.sampling`.
 
 Cost: prompt tokens once each (the common prefix once in all), and one model row a step for each *distinct* running sample.
@@ -24,8 +25,20 @@ from llmcore.decoding import Batch, Counters, Decoder, Prefix, Row, StopRule, de
 from llmcore.phrases import PhraseMatcher, decode, phrase_rule
 from llmcore.sampling import Sampling, draw, kept_distribution, philox4x32, uniforms
 
-__all__ = ["Completion", "Completions", "Counters", "SampleSet", "Sampling", "complete", "draw", "kept_distribution", "philox4x32",
-           "sample_from_embeddings", "stream", "uniforms"]
+__all__ = [
+    "Completion",
+    "Completions",
+    "Counters",
+    "SampleSet",
+    "Sampling",
+    "complete",
+    "draw",
+    "kept_distribution",
+    "philox4x32",
+    "sample_from_embeddings",
+    "stream",
+    "uniforms",
+]
 
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]
 Progress = Callable[[int, int, Counters], None]
@@ -34,7 +47,9 @@ _MIN_SHARED = 4  # a common opening shorter than this is not worth a cache of it
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: its text, its token ids (no end-of-sequence id), why it ended ("eos", "stop" or "length") and its prompt's length in tokens."""
+    """One completion: its text, its token ids (no end-of-sequence id), why it ended ("eos", "stop" or "length") and its prompt's length
+    in tokens.
+    """
 
     text: str
     token_ids: list[int]
@@ -83,7 +98,9 @@ class SampleSet:
 
 
 def prompt_ids(model: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: text as the tokenizer encodes it, messages under the chat template with the answer's opening, or ids as they are."""
+    """Token ids of a prompt: text as the tokenizer encodes it, messages under the chat template with the answer's opening, or ids as
+    they are.
+    """
     tokenizer = model.tokenizer
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
@@ -107,9 +124,18 @@ def memory_limit(device: torch.device, budget: int | None) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
-def run_rows(decoder: Decoder, rows: Sequence[Row], *, max_rows: int, memory_budget: int | None = None, on_done: Callable[[Row], None] | None = None,
-             counters: Counters | None = None) -> Counters:
-    """Decode rows to their ends with continuous refill: finished rows make room for waiting ones, in groups of a quarter of the batch at least."""
+def run_rows(
+    decoder: Decoder,
+    rows: Sequence[Row],
+    *,
+    max_rows: int,
+    memory_budget: int | None = None,
+    on_done: Callable[[Row], None] | None = None,
+    counters: Counters | None = None,
+) -> Counters:
+    """Decode rows to their ends with continuous refill: finished rows make room for waiting ones, in groups of a quarter of the batch
+    at least.
+    """
     limit = memory_limit(decoder.device, memory_budget)
     batch = Batch(decoder, counters=counters or Counters())
     waiting, open_rows = list(rows), []
@@ -152,16 +178,26 @@ def _later(decoder: Decoder, ids: list[int]) -> Callable[[], torch.Tensor]:
     return lambda: decoder.embed(ids)
 
 
-def complete(model: Any, prompts: Sequence[Prompt], sampling: Sampling | None = None, *, ids: Sequence[int] | None = None, max_rows: int = 64,
-             memory_budget: int | None = None, on_progress: Progress | None = None) -> Completions:
+def complete(
+    model: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    *,
+    ids: Sequence[int] | None = None,
+    max_rows: int = 64,
+    memory_budget: int | None = None,
+    on_progress: Progress | None = None,
+) -> Completions:
     """One completion of each prompt.
 
     Args:
         model: a LanguageModel (llmcore.load_model).
         prompts: texts (encoded as they are), message lists (rendered with the chat template) or lists of token ids.
         sampling: how to draw; default Sampling().
-        ids: a number for each prompt that selects its random numbers (default 0, 1, …): equal id, prompt and seed give the equal completion.
-        max_rows: prompts decoded at once. memory_budget: bytes of keys, values and logits; smaller means fewer rows at once, never a failure.
+        ids: a number for each prompt that selects its random numbers (default 0, 1, …): equal id, prompt and seed give the equal
+        completion.
+        max_rows: prompts decoded at once. memory_budget: bytes of keys, values and logits; smaller means fewer rows at once, never a
+        failure.
         on_progress: called with (completions done, total, counters).
 
     Returns: Completions, in order.
@@ -188,8 +224,10 @@ def complete(model: Any, prompts: Sequence[Prompt], sampling: Sampling | None = 
     skip = prefix.length if prefix else 0
     cut = PhraseMatcher(sampling.stop) if sampling.stop else None
     rule: StopRule | None = phrase_rule(cut, model.tokenizer) if cut else None
-    rows = [Row(_later(decoder, tokens[skip:]), len(tokens) - skip, prefix=prefix, sampling=sampling, stream=(stream, 0), stop_rule=rule)
-            for tokens, stream in zip(encoded, streams, strict=True)]
+    rows = [
+        Row(_later(decoder, tokens[skip:]), len(tokens) - skip, prefix=prefix, sampling=sampling, stream=(stream, 0), stop_rule=rule)
+        for tokens, stream in zip(encoded, streams, strict=True)
+    ]
     done = 0
 
     def report(_: Row) -> None:
@@ -198,20 +236,32 @@ def complete(model: Any, prompts: Sequence[Prompt], sampling: Sampling | None = 
         if on_progress:
             on_progress(done, len(rows), counters)
 
-    run_rows(decoder, sorted(rows, key=lambda row: row.length), max_rows=max_rows, memory_budget=memory_budget, on_done=report, counters=counters)
+    run_rows(
+        decoder, sorted(rows, key=lambda row: row.length), max_rows=max_rows, memory_budget=memory_budget, on_done=report, counters=counters
+    )
     items = []
     for row, tokens in zip(rows, encoded, strict=True):
         text, reason = decode(model.tokenizer, row.tokens[0]), row.finish[0] or "length"
         if cut and reason == "match":
-            text, reason = text[:cut.first(text)], "stop"
+            text, reason = text[: cut.first(text)], "stop"
         items.append(Completion(text, row.tokens[0], reason, len(tokens)))
     return Completions(items, counters, decoder.path, time.perf_counter() - begin)
 
 
-def sample_from_embeddings(model: Any, prefixes: Sequence[torch.Tensor | Sequence[int]], num_samples: int, *, sampling: Sampling | None = None,
-                           stop_when: StopRule | Callable[[str], bool] | PhraseMatcher | None = None, ids: Sequence[int] | None = None,
-                           opening: Sequence[int] = (), share_samples: bool = True, max_rows: int = 32, memory_budget: int | None = None,
-                           on_progress: Progress | None = None) -> list[SampleSet]:
+def sample_from_embeddings(
+    model: Any,
+    prefixes: Sequence[torch.Tensor | Sequence[int]],
+    num_samples: int,
+    *,
+    sampling: Sampling | None = None,
+    stop_when: StopRule | Callable[[str], bool] | PhraseMatcher | None = None,
+    ids: Sequence[int] | None = None,
+    opening: Sequence[int] = (),
+    share_samples: bool = True,
+    max_rows: int = 32,
+    memory_budget: int | None = None,
+    on_progress: Progress | None = None,
+) -> list[SampleSet]:
     """`num_samples` samples behind each prefix; a prefix is computed once and its cache is never copied.
 
     Args:
@@ -255,8 +305,18 @@ def sample_from_embeddings(model: Any, prefixes: Sequence[torch.Tensor | Sequenc
         else:
             tokens = [int(i) for i in prefix]
             embeddings, length = _later(decoder, tokens), len(tokens)
-        rows.append(Row(embeddings, length, prefix=shared, num_samples=num_samples, sampling=sampling, stream=(stream, 0), stop_rule=rule,
-                        share=share_samples))
+        rows.append(
+            Row(
+                embeddings,
+                length,
+                prefix=shared,
+                num_samples=num_samples,
+                sampling=sampling,
+                stream=(stream, 0),
+                stop_rule=rule,
+                share=share_samples,
+            )
+        )
     done = 0
 
     def report(_: Row) -> None:
@@ -281,7 +341,9 @@ def pieces(tokenizer: Any, steps: Iterator[list[int]], stop: Sequence[str] = ())
                 if at > sent:
                     yield text[sent:at]
                 return
-            end = min(end, next((len(text) - size for size in range(min(len(phrase) - 1, len(text)), 0, -1) if text.endswith(phrase[:size])), end))
+            end = min(
+                end, next((len(text) - size for size in range(min(len(phrase) - 1, len(text)), 0, -1) if text.endswith(phrase[:size])), end)
+            )
         if end > sent:
             yield text[sent:end]
             sent = end

@@ -1,7 +1,8 @@
 """Find phrases in generated tokens without decoding text.
 
 `PhraseMatcher` holds the phrases and two ways to ask: `matches(text)` searches a string; `automaton` is the same question as an
-Aho–Corasick machine over UTF-8 bytes, one transition a byte, compiled (`llmcore._native`) or plain Python. `PhraseRule` walks the automaton over
+Aho–Corasick machine over UTF-8 bytes, one transition a byte, compiled (`llmcore._native`) or plain Python. `PhraseRule` walks the
+automaton over
 token ids: the bytes that each token adds to the decoded text come from a table of the tokenizer; special tokens add none. Because UTF-8 is
 self-synchronising, a phrase occurs in the decoded text exactly when its bytes occur in the byte stream. Tokenizers whose decoder is
 neither byte-level nor SentencePiece-like are served by decoding text (`TextRule`).
@@ -42,7 +43,8 @@ def _fold_table(ignore_case: bool, quotes: bool, unicode: bool) -> dict[int, str
 class PyAutomaton:
     """Aho–Corasick over bytes in plain Python; `llmcore._native.PhraseAutomaton` is the same machine compiled.
 
-    States are integers; 0 is the start and `MATCH` (-1) absorbs. With `anchored`, a phrase counts only at the start of the text, blanks aside;
+    States are integers; 0 is the start and `MATCH` (-1) absorbs. With `anchored`, a phrase counts only at the start of the text, blanks
+    aside;
     `DEAD` (-2) then means that none can come.
     """
 
@@ -99,7 +101,8 @@ class PhraseMatcher:
 
     Args:
         phrases: non-empty strings.
-        ignore_case, normalise_quotes, normalise_unicode: fold case, curly quotes, compatibility and combining forms, in phrases and text alike.
+        ignore_case, normalise_quotes, normalise_unicode: fold case, curly quotes, compatibility and combining forms, in phrases and
+        text alike.
         position: "anywhere", or "start" (after blanks).
 
     Example:
@@ -107,14 +110,26 @@ class PhraseMatcher:
         True
     """
 
-    def __init__(self, phrases: Sequence[str], *, ignore_case: bool = False, normalise_quotes: bool = False, normalise_unicode: bool = False,
-                 position: str = "anywhere"):
+    def __init__(
+        self,
+        phrases: Sequence[str],
+        *,
+        ignore_case: bool = False,
+        normalise_quotes: bool = False,
+        normalise_unicode: bool = False,
+        position: str = "anywhere",
+    ):
         if isinstance(phrases, str) or not phrases or not all(isinstance(p, str) and p for p in phrases):
             raise ValueError(f"phrases must be a non-empty sequence of non-empty strings, got {phrases!r}")
         if position not in ("anywhere", "start"):
             raise ValueError(f"position must be 'anywhere' or 'start', got {position!r}")
         self.phrases = tuple(phrases)
-        self.options = {"ignore_case": ignore_case, "normalise_quotes": normalise_quotes, "normalise_unicode": normalise_unicode, "position": position}
+        self.options = {
+            "ignore_case": ignore_case,
+            "normalise_quotes": normalise_quotes,
+            "normalise_unicode": normalise_unicode,
+            "position": position,
+        }
         self.folding = ignore_case or normalise_quotes or normalise_unicode
         self._table = _fold_table(ignore_case, normalise_quotes, normalise_unicode) if self.folding else {}
         self.anchored = position == "start"
@@ -165,7 +180,9 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 class TokenBytes:
-    """What each token id adds to the decoded text: bytes; b"" for special tokens. `fallback` marks ids that stand for one raw byte (SentencePiece)."""
+    """What each token id adds to the decoded text: bytes; b"" for special tokens. `fallback` marks ids that stand for one raw byte
+    (SentencePiece).
+    """
 
     def __init__(self, tokens: list[bytes], fallback: frozenset[int]):
         self.tokens, self.fallback = tokens, fallback
@@ -209,7 +226,7 @@ def _build_table(tokenizer: Any) -> TokenBytes | None:
     else:
         return None
     table = TokenBytes(tokens, frozenset(fallback))
-    for text in ("I'm sorry, but I can't.", "Förlåt — jag kan inte \"göra\" det…", "对不起，我不能。 ok", " two  blanks\nand\ta line"):
+    for text in ("I'm sorry, but I can't.", 'Förlåt — jag kan inte "göra" det…', "对不起，我不能。 ok", " two  blanks\nand\ta line"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         ours = b"".join(tokens[i] for i in ids).decode("utf-8", "replace")
         theirs = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -284,7 +301,9 @@ def _incomplete(data: bytes) -> int:
 
 
 class TextRule:
-    """Stop rule that decodes the tokens so far and asks a function of the text: any tokenizer, any judge. With early=False it asks only at the end."""
+    """Stop rule that decodes the tokens so far and asks a function of the text: any tokenizer, any judge. With early=False it asks only
+    at the end.
+    """
 
     def __init__(self, judge: Callable[[str], bool], tokenizer: Any, *, early: bool = True):
         self.judge, self.tokenizer, self.early = judge, tokenizer, early
@@ -307,7 +326,9 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 def phrase_rule(matcher: PhraseMatcher | Callable[[str], bool], tokenizer: Any, *, backend: str = "auto") -> PhraseRule | TextRule:
-    """The fastest stop rule for a matcher: over bytes when the tokenizer allows it, over text otherwise; any other callable is asked once, at the end."""
+    """The fastest stop rule for a matcher: over bytes when the tokenizer allows it, over text otherwise; any other callable is asked
+    once, at the end.
+    """
     if not isinstance(matcher, PhraseMatcher):
         return TextRule(matcher, tokenizer, early=False)
     table = token_bytes(tokenizer)

@@ -95,14 +95,16 @@ def kept_candidates(logits: torch.Tensor, temperature: float, top_k: int, top_p:
         while width < vocab and bool((values[:, -1] == values[:, top_k - 1]).any()):
             width = min(2 * width, vocab)
             values, ids = scaled.topk(width, dim=-1)
-        values = torch.where(values < values[:, top_k - 1:top_k], float("-inf"), values)
+        values = torch.where(values < values[:, top_k - 1 : top_k], float("-inf"), values)
         log_norm = values.double().logsumexp(-1, keepdim=True)
     else:
         # Widen the selection until its mass reaches top_p: everything below it is dropped by definition, no full sort is needed.
         log_norm = scaled.double().logsumexp(-1, keepdim=True)
         width = vocab if top_p >= 1 else min(256, vocab)
         while True:
-            values, ids = scaled.topk(width, dim=-1) if width < vocab else (scaled, torch.arange(vocab, device=scaled.device).expand_as(scaled))
+            values, ids = (
+                scaled.topk(width, dim=-1) if width < vocab else (scaled, torch.arange(vocab, device=scaled.device).expand_as(scaled))
+            )
             if width == vocab:
                 break
             # The candidate above the cut must be inside with all its ties, so ask for strictly more mass than top_p and an untied edge.
