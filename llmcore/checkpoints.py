@@ -560,8 +560,11 @@ def _span_values(entry: _Entry, spans: list[tuple[int, int]], native: torch.dtyp
             raw = chunk[:count * row_bytes]
             entry.file.read_into(raw.data, entry.offset + row * row_bytes, field)
             if native is None:
-                part = torch.from_numpy(gguf.dequantize(raw, entry.dtype))
-            elif native == torch.bool:
+                assert target == torch.float32
+                gguf.dequantize(raw, entry.dtype, out[place:place + count].view(-1).numpy())
+                place += count
+                continue
+            if native == torch.bool:
                 part = torch.from_numpy(raw != 0)  # a byte other than 0 and 1 must not become a torch.bool as it stands
             else:
                 part = torch.from_numpy(raw).view(native)

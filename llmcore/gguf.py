@@ -9,6 +9,7 @@ they agree bit for bit with each other and with the format's reference.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import struct
 from typing import Any
@@ -299,13 +300,20 @@ def dequantize_numpy(raw: np.ndarray, type_name: str) -> np.ndarray:
     return out.reshape(-1)
 
 
-def dequantize(raw: np.ndarray, type_name: str) -> np.ndarray:
-    """Raw blocks (bytes,) uint8 of one GGUF type to float32 (weights,): compiled when `llmcore._native` is there, NumPy otherwise."""
-    _check_blocks(raw, type_name)
+def dequantize(raw: np.ndarray, type_name: str, out: np.ndarray | None = None) -> np.ndarray:
+    """Raw blocks (bytes,) uint8 of one GGUF type to float32 (weights,), into `out` when given.
+
+    Compiled when `llmcore._native` is there, NumPy otherwise; the results are the same bit for bit.
+    """
+    block, size = _check_blocks(raw, type_name)
+    if out is None:
+        out = np.empty(raw.size // size * block, dtype=np.float32)
     native = _native()
     if native is not None and type_name in _NUMPY:
-        return native.gguf_dequantize(np.ascontiguousarray(raw), type_name)
-    return dequantize_numpy(raw, type_name)
+        native.gguf_dequantize(np.ascontiguousarray(raw), type_name, out)
+    else:
+        out[:] = dequantize_numpy(raw, type_name)
+    return out
 
 
 def _check_blocks(raw: np.ndarray, type_name: str) -> tuple[int, int]:
@@ -317,7 +325,11 @@ def _check_blocks(raw: np.ndarray, type_name: str) -> tuple[int, int]:
     return block, size
 
 
-def _native():
+@functools.cache
+def _native() -> Any:
+    """The compiled module, None when it was not built."""
+    import torch  # noqa: F401  the compiled modules find their libraries through it
+
     try:
         from llmcore import _native as module  # type: ignore[attr-defined]
     except ImportError:

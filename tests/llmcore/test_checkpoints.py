@@ -387,6 +387,20 @@ def _blocks(type_name: str, rows: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, rows * gguf.BLOCKS[type_name][1], dtype=np.uint8)
 
 
+def test_compiled_blocks_are_used_where_they_were_built():
+    if gguf._native() is None:
+        pytest.skip("llmcore._native was not built")
+    raw, out = _blocks("Q4_K", 2, seed=0), np.empty(512, dtype=np.float32)
+    gguf._native().gguf_dequantize(raw, "Q4_K", out)
+    assert np.array_equal(out, gguf.dequantize_numpy(raw, "Q4_K"), equal_nan=True)
+    with pytest.raises(ValueError, match="raw must be 1-D and whole Q4_K blocks of 144 bytes, got 287"):
+        gguf._native().gguf_dequantize(raw[:-1], "Q4_K", out)
+    with pytest.raises(ValueError, match="out must be 1-D float32 with 512 elements, got 511"):
+        gguf._native().gguf_dequantize(raw, "Q4_K", out[:-1])
+    with pytest.raises(ValueError, match="type_name F32 is not a block format"):
+        gguf._native().gguf_dequantize(raw, "F32", out)
+
+
 @pytest.mark.parametrize("type_name", QUANTISED)
 def test_blocks_equal_the_gguf_package_bit_for_bit(type_name):
     theirs = pytest.importorskip("gguf", reason="the independent de-quantiser")

@@ -1,0 +1,7 @@
+// llmcore._native: native code that is not tensors. Each file of this folder exports one register function; this one calls them.
+#include "native.h"
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "Native code of llmcore that is not tensors: GGUF block de-quantisation";
+    llmcore::register_gguf_blocks(m);
+}
