@@ -7,6 +7,9 @@
 
 STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def("extension_info() -> int");
+  m.def(
+      "saliency_flow_fwd(Tensor query, Tensor key, Tensor value, Tensor grad, Tensor lse, Tensor low, Tensor high, Tensor? diagonal, Tensor? key_valid, "
+      "Tensor row_segment, Tensor column_segment, Tensor pairs, float scale, float softcap, int outputs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 // The module itself is empty: importing it runs the registrations above.
