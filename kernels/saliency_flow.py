@@ -198,7 +198,7 @@ def _saliency_flow_blocked(query: Tensor, key: Tensor, value: Tensor, grad: Tens
             live &= (grad[b] != 0).any(-1).any(0)
         rows = live.nonzero().flatten()
         columns = torch.nn.functional.one_hot(column_segment[b].long() + 1, column_segments + 1)[:, 1:].to(dtype)
-        for at in rows.split(128):
+        for at in rows.split(128) if len(rows) else ():
             segments = segment[at]
             by_row = torch.nn.functional.one_hot(segments, row_segments).to(dtype)
             allowed = wanted[segments]
