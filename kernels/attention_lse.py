@@ -2,10 +2,14 @@
 
     lse_i = log( Σ_j exp(s_ij) + exp(sink) )      o_i = Σ_j exp(s_ij - lse_i) v_j      s_ij = softcap(scale · q_i·k_j), j visible to i
 
-What the flash kernels lack is put together from them exactly, since a softmax over a union of columns is a mix of the parts weighted by exp(lse_part - lse):
-grouped heads are a stride-0 view, a key/value prefix is one rectangular and one square call, padding and documents are dense calls on slices, a sink rescales the
-result. The backward of a part is the flash backward with the *whole* row's o and lse: it recomputes P = exp(s - lse) and needs only Σ_j P dP = do·o.
-Windows on a CPU, soft-caps, holes in a padding mask and float dtypes without a flash kernel take a blocked version, O(block · columns read) memory.
+What the flash kernels lack is put together from them exactly, since a softmax over a union of columns is a mix of the parts weighted by
+exp(lse_part - lse):
+grouped heads are a stride-0 view, a key/value prefix is one rectangular and one square call, padding and documents are dense calls on
+slices, a sink rescales the
+result. The backward of a part is the flash backward with the *whole* row's o and lse: it recomputes P = exp(s - lse) and needs only Σ_j P
+dP = do·o.
+Windows on a CPU, soft-caps, holes in a padding mask and float dtypes without a flash kernel take a blocked version, O(block · columns
+read) memory.
 
 Bound: 4·n²·d·H FLOP forward (causal half), 2.5 times that backward; q, k, v, o once through memory. Nothing of size n².
 """
@@ -16,9 +20,8 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from llmcore.kernels.visibility import visible_ranges
+from torch import Tensor
 
 # B batch, H query heads, G key/value heads (query head h reads h // (H / G)), n rows, m columns, d / e head sizes of key / value
 
@@ -37,15 +40,27 @@ class Dense(NamedTuple):
     causal: bool
 
 
-def _plan(query: Tensor, key: Tensor, causal: bool, q_offset: int | None, window: int | None, key_mask: Tensor | None, cu_seqlens_q: Tensor | None,
-          cu_seqlens_k: Tensor | None) -> list[Dense] | None:
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    causal: bool,
+    q_offset: int | None,
+    window: int | None,
+    key_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> list[Dense] | None:
     """The problem as dense rectangles, those of one row adding up to what it reads; None when its shape is no union of such."""
     batch, rows, cols = query.shape[0], query.shape[2], key.shape[2]
     if cu_seqlens_q is not None:
         starts_q = cu_seqlens_q.expand(batch, -1).tolist()
         starts_k = (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).expand(batch, -1).tolist()
-        documents = [(b, b + 1, q0, q1, k0, k1) for b in range(batch)
-                     for q0, q1, k0, k1 in zip(starts_q[b], starts_q[b][1:], starts_k[b], starts_k[b][1:], strict=False) if q1 > q0]
+        documents = [
+            (b, b + 1, q0, q1, k0, k1)
+            for b in range(batch)
+            for q0, q1, k0, k1 in zip(starts_q[b], starts_q[b][1:], starts_k[b], starts_k[b][1:], strict=False)
+            if q1 > q0
+        ]
     else:
         documents = [(0, batch, 0, rows, 0, cols)]
     if key_mask is not None:
@@ -86,18 +101,22 @@ def _plan(query: Tensor, key: Tensor, causal: bool, q_offset: int | None, window
         if offset:
             parts.append(Dense(b0, b1, q0, q1, k0, k0 + offset, False))
         parts.append(Dense(b0, b1, q0, q1, k0 + offset, k1, True))
-    if window is not None and any(part.k1 - part.k0 > window or not part.causal for part in parts):
-        # a window of at least the whole document hides nothing; any other needs the band itself
-        if not (query.is_cuda and all(part.causal for part in parts)):
-            return None
+    hides = window is not None and any(part.k1 - part.k0 > window or not part.causal for part in parts)
+    if hides and not (query.is_cuda and all(part.causal for part in parts)):
+        return None  # only the flash kernels of a GPU take a window, and only in square causal parts
     return parts
 
 
 def _flash_serves(query: Tensor, value: Tensor) -> bool:
     if query.device.type == "cpu":
         return query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) and query.shape[3] > 0 and value.shape[3] > 0
-    return (query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] == value.shape[3]
-            and query.shape[3] % 8 == 0 and query.shape[3] <= 256)
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[3] == value.shape[3]
+        and query.shape[3] % 8 == 0
+        and query.shape[3] <= 256
+    )
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +128,10 @@ def _folded(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, 
     if size != value.shape[3]:  # the flash kernels want one head size; zero columns change neither scores nor the kept part of o
         query, key, value = (torch.nn.functional.pad(t, (0, width - t.shape[3])) for t in (query, key, value))
     fold = (batch * kv, group, rows, width)
-    expand = (lambda t: t.reshape(batch * kv, 1, t.shape[2], width).expand(-1, group, -1, -1))
+
+    def expand(t):
+        return t.reshape(batch * kv, 1, t.shape[2], width).expand(-1, group, -1, -1)
+
     return query.reshape(fold), expand(key), expand(value)
 
 
@@ -118,46 +140,80 @@ def _flash_fwd(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: f
     if query.is_cuda:
         left = -1 if window is None else window - 1
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(t.transpose(1, 2) for t in (query, key, value)), None, None, rows, key.shape[2], 0.0, causal, False, scale=scale,
-            window_size_left=left, window_size_right=0 if causal else -1)
+            *(t.transpose(1, 2) for t in (query, key, value)),
+            None,
+            None,
+            rows,
+            key.shape[2],
+            0.0,
+            causal,
+            False,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=0 if causal else -1,
+        )
         return output.transpose(1, 2), lse
     q, k, v = _folded(query, key, value)
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return output.reshape(batch, heads, rows, -1)[..., :value.shape[3]], lse.reshape(batch, heads, rows)
+    return output.reshape(batch, heads, rows, -1)[..., : value.shape[3]], lse.reshape(batch, heads, rows)
 
 
-def _flash_bwd(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, causal: bool, scale: float,
-               window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _flash_bwd(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, causal: bool, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, size = query.shape
     kv, cols, value_size = key.shape[1], key.shape[2], value.shape[3]
     if query.is_cuda:
         left = -1 if window is None else window - 1
         state = torch.empty(2, dtype=torch.uint64, device=query.device), torch.empty((), dtype=torch.uint64, device=query.device)
         grads = torch.ops.aten._flash_attention_backward(
-            *(t.transpose(1, 2) for t in (grad.contiguous(), query, key, value, output)), lse.contiguous(), None, None, rows, cols, 0.0, causal, *state,
-            scale=scale, window_size_left=left, window_size_right=0 if causal else -1)
+            *(t.transpose(1, 2) for t in (grad.contiguous(), query, key, value, output)),
+            lse.contiguous(),
+            None,
+            None,
+            rows,
+            cols,
+            0.0,
+            causal,
+            *state,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=0 if causal else -1,
+        )
         return tuple(t.transpose(1, 2) for t in grads)
     q, k, v = _folded(query, key, value)
     pad = (0, q.shape[3] - value_size)
     fold = (*q.shape[:3], -1)
     g, o = (torch.nn.functional.pad(t, pad).reshape(fold) if pad[1] else t.reshape(fold) for t in (grad, output))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g, q, k, v, o, lse.reshape(fold[:3]), 0.0, causal, scale=scale)
+        g, q, k, v, o, lse.reshape(fold[:3]), 0.0, causal, scale=scale
+    )
     dk, dv = (t.sum(1).view(batch, kv, cols, -1) for t in (dk, dv))
     return dq.reshape(batch, heads, rows, -1)[..., :size], dk[..., :size], dv[..., :value_size]
 
 
 def _cut(t: Tensor, part: Dense, rows: bool) -> Tensor:
-    return t[part.b0:part.b1, :, part.q0:part.q1] if rows else t[part.b0:part.b1, :, part.k0:part.k1]
+    return t[part.b0 : part.b1, :, part.q0 : part.q1] if rows else t[part.b0 : part.b1, :, part.k0 : part.k1]
 
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _block(query: Tensor, key: Tensor, b: int, start: int, stop: int, low: Tensor, high: Tensor, valid: Tensor | None, scale: float,
-           softcap: float | None) -> tuple[slice, Tensor, Tensor, Tensor] | None:
-    """Scores (G, H/G, rows, cols) of rows [start, stop) against the columns any of them reads, the tanh (or scores) before the cap's scale, and the visible mask."""
+def _block(
+    query: Tensor,
+    key: Tensor,
+    b: int,
+    start: int,
+    stop: int,
+    low: Tensor,
+    high: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[slice, Tensor, Tensor, Tensor] | None:
+    """Scores (G, H/G, rows, cols) of rows [start, stop) against the columns any of them reads, the tanh (or scores) before the cap's
+    scale, and the visible mask."""
     lo, hi = low[b, start:stop], high[b, start:stop]
     live = hi > lo
     if not bool(live.any()):
@@ -178,8 +234,9 @@ def _block(query: Tensor, key: Tensor, b: int, start: int, stop: int, low: Tenso
     return cols, scores, capped, visible
 
 
-def _blocked_fwd(query: Tensor, key: Tensor, value: Tensor, low: Tensor, high: Tensor, valid: Tensor | None, scale: float,
-                 softcap: float | None) -> tuple[Tensor, Tensor]:
+def _blocked_fwd(
+    query: Tensor, key: Tensor, value: Tensor, low: Tensor, high: Tensor, valid: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     batch, heads, rows, _ = query.shape
     kv = key.shape[1]
     acc = _accumulation(query.dtype)
@@ -201,8 +258,19 @@ def _blocked_fwd(query: Tensor, key: Tensor, value: Tensor, low: Tensor, high: T
     return output, lse
 
 
-def _blocked_bwd(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, low: Tensor, high: Tensor, valid: Tensor | None,
-                 scale: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def _blocked_bwd(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    low: Tensor,
+    high: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, size = query.shape
     kv = key.shape[1]
     acc = _accumulation(query.dtype)
@@ -232,16 +300,37 @@ def _blocked_bwd(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output
 
 
 @torch.library.custom_op("llmcore::attention_lse_fwd", mutates_args=())
-def _attention_fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, q_offset: int | None, window: int | None, softcap: float | None,
-                   sinks: Tensor | None, key_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-                   blocked: bool) -> tuple[Tensor, Tensor]:
+def _attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool,
+    q_offset: int | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    blocked: bool,
+) -> tuple[Tensor, Tensor]:
     batch, heads, rows, _ = query.shape
     parts = None
     if not blocked and softcap is None and _flash_serves(query, value):
         parts = _plan(query, key, causal, q_offset, window, key_mask, cu_seqlens_q, cu_seqlens_k)
     if parts is None:
-        low, high, _ = visible_ranges(batch, rows, key.shape[2], device=query.device, causal=causal, q_offset=q_offset, window=window,
-                                      cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        low, high, _ = visible_ranges(
+            batch,
+            rows,
+            key.shape[2],
+            device=query.device,
+            causal=causal,
+            q_offset=q_offset,
+            window=window,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
         output, lse = _blocked_fwd(query, key, value, low, high, None if key_mask is None else key_mask.bool(), scale, softcap)
     elif len(parts) == 1 and parts[0][:6] == (0, batch, 0, rows, 0, key.shape[2]):
         output, lse = _flash_fwd(query, key, value, parts[0].causal, scale, window)
@@ -249,7 +338,9 @@ def _attention_fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, caus
         output = query.new_zeros(batch, heads, rows, value.shape[3])
         lse = torch.full((batch, heads, rows), -math.inf, dtype=_accumulation(query.dtype), device=query.device)
         for part in parts:
-            piece, piece_lse = _flash_fwd(_cut(query, part, True), _cut(key, part, False), _cut(value, part, False), part.causal, scale, window)
+            piece, piece_lse = _flash_fwd(
+                _cut(query, part, True), _cut(key, part, False), _cut(value, part, False), part.causal, scale, window
+            )
             o, l = _cut(output, part, True), _cut(lse, part, True)
             total = torch.logaddexp(l, piece_lse)
             o.copy_(o * (l - total).exp()[..., None] + piece * (piece_lse - total).exp()[..., None])
@@ -267,24 +358,54 @@ def _(query, key, value, scale, causal, q_offset, window, softcap, sinks, key_ma
 
 
 @torch.library.custom_op("llmcore::attention_lse_bwd", mutates_args=())
-def _attention_bwd(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float, causal: bool, q_offset: int | None,
-                   window: int | None, softcap: float | None, sinks: Tensor | None, key_mask: Tensor | None, cu_seqlens_q: Tensor | None,
-                   cu_seqlens_k: Tensor | None, blocked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _attention_bwd(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    q_offset: int | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    blocked: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, rows, _ = query.shape
     parts = None
     if not blocked and softcap is None and _flash_serves(query, value):
         parts = _plan(query, key, causal, q_offset, window, key_mask, cu_seqlens_q, cu_seqlens_k)
     if parts is None:
-        low, high, _ = visible_ranges(batch, rows, key.shape[2], device=query.device, causal=causal, q_offset=q_offset, window=window,
-                                      cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        low, high, _ = visible_ranges(
+            batch,
+            rows,
+            key.shape[2],
+            device=query.device,
+            causal=causal,
+            q_offset=q_offset,
+            window=window,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
         grads = _blocked_bwd(grad, query, key, value, output, lse, low, high, None if key_mask is None else key_mask.bool(), scale, softcap)
     elif len(parts) == 1 and parts[0][:6] == (0, batch, 0, rows, 0, key.shape[2]):
         grads = _flash_bwd(grad, query, key, value, output, lse, parts[0].causal, scale, window)
     else:
         grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
         for part in parts:
-            piece = _flash_bwd(*(_cut(t, part, True) for t in (grad, query)), *(_cut(t, part, False) for t in (key, value)),
-                               *(_cut(t, part, True) for t in (output, lse)), part.causal, scale, window)
+            piece = _flash_bwd(
+                *(_cut(t, part, True) for t in (grad, query)),
+                *(_cut(t, part, False) for t in (key, value)),
+                *(_cut(t, part, True) for t in (output, lse)),
+                part.causal,
+                scale,
+                window,
+            )
             for total, term, is_row in zip(grads, piece, (True, False, False), strict=True):
                 _cut(total, part, is_row).add_(term)
     if sinks is None:
@@ -321,9 +442,22 @@ def _backward(ctx, grad, _):
 _attention_fwd.register_autograd(_backward, setup_context=_setup)
 
 
-def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float | None = None, causal: bool = True, q_offset: int | None = None,
-                       window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None, key_mask: Tensor | None = None,
-                       cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    q_offset: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """Attention output and the log-sum-exp of every row, differentiable in query, key, value and sinks.
 
     Args:
@@ -333,7 +467,8 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, *, softmax_sca
         backend: "auto" (flash kernels where they serve, else blocked), "torch" (always blocked).
 
     Returns:
-        output (B, H, n, e) in query's dtype, 0 for a row that sees nothing; lse (B, H, n) float32 (float64 for float64), -inf there. lse carries no gradient.
+        output (B, H, n, e) in query's dtype, 0 for a row that sees nothing; lse (B, H, n) float32 (float64 for float64), -inf there. lse
+        carries no gradient.
 
     Memory: the output and lse; blocked: plus 3 · H · 128 · columns · 4 bytes.
 
@@ -349,11 +484,23 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, *, softmax_sca
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if window is not None and causal and q_offset is None and window >= key.shape[2]:
         window = None  # it hides nothing, and the flash kernels serve the call
-    return _attention_fwd(query, key, value, float(scale), causal, q_offset, window, softcap, sinks, key_mask, cu_seqlens_q, cu_seqlens_k, backend == "torch")
+    return _attention_fwd(
+        query, key, value, float(scale), causal, q_offset, window, softcap, sinks, key_mask, cu_seqlens_q, cu_seqlens_k, backend == "torch"
+    )
 
 
-def check_attention(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, window: int | None, softcap: float | None, sinks: Tensor | None,
-                    key_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+def check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softmax_scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> None:
     """Shapes, devices, dtypes and ranges of what every attention function here takes."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 4:
@@ -365,7 +512,9 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, softmax_scale: fl
     batch, heads, _, size = query.shape
     kv, cols = key.shape[1], key.shape[2]
     if key.shape[0] != batch or key.shape[3] != size:
-        raise ValueError(f"key must be (batch, num_kv_heads, num_cols, head_dim) with batch {batch} and head_dim {size}, got {tuple(key.shape)}")
+        raise ValueError(
+            f"key must be (batch, num_kv_heads, num_cols, head_dim) with batch {batch} and head_dim {size}, got {tuple(key.shape)}"
+        )
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(f"value must agree with key in batch, heads and length {tuple(key.shape[:3])}, got {tuple(value.shape)}")
     if kv == 0 or heads % kv:
@@ -389,14 +538,19 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, softmax_scale: fl
         if borders is None:
             continue
         if borders.dim() not in (1, 2) or borders.shape[-1] < 2 or borders.is_floating_point():
-            raise ValueError(f"{name} must be integers of shape (num_documents + 1,) or (batch, num_documents + 1), got {borders.dtype} {tuple(borders.shape)}")
+            raise ValueError(
+                f"{name} must be integers of shape (num_documents + 1,) or (batch, num_documents + 1), got {borders.dtype} "
+                f"{tuple(borders.shape)}"
+            )
         if borders.dim() == 1 and batch != 1:
-            raise ValueError(f"{name} of one dimension packs one row of the batch: batch must be 1, got {batch}; pass (batch, num_documents + 1)")
+            raise ValueError(
+                f"{name} of one dimension packs one row of the batch: batch must be 1, got {batch}; pass (batch, num_documents + 1)"
+            )
         if borders.dim() == 2 and borders.shape[0] != batch:
             raise ValueError(f"{name} must have one row a sequence ({batch}), got {tuple(borders.shape)}")
-        if not torch.compiler.is_compiling() and borders.device.type == "cpu":
-            if (borders[..., 0] != 0).any() or (borders.diff(dim=-1) < 0).any() or (borders[..., -1] > length).any():
-                raise ValueError(f"{name} must start at 0, not decrease and end within {length}, got {borders.tolist()}")
+        readable = borders.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and ((borders[..., 0] != 0).any() or (borders.diff(dim=-1) < 0).any() or (borders[..., -1] > length).any()):
+            raise ValueError(f"{name} must start at 0, not decrease and end within {length}, got {borders.tolist()}")
     if cu_seqlens_q is not None and (cu_seqlens_k if cu_seqlens_k is not None else cu_seqlens_q).shape != cu_seqlens_q.shape:
         raise ValueError(f"cu_seqlens_k must have cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}")
     if cu_seqlens_q is not None and cu_seqlens_k is None and query.shape[2] != cols:

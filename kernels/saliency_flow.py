@@ -5,7 +5,8 @@
 
 Row i is the reader, column j what is read. dA is the gradient of the softmax *output*; the gradient of the scores is another quantity.
 
-Not stored: A, dA and their product, 4 · n² · H numbers each. Llama-3-8B's attention (H = 32) at n = 8192 in bf16: 4.3 GB a matrix and layer, of which the usual way
+Not stored: A, dA and their product, 4 · n² · H numbers each. Llama-3-8B's attention (H = 32) at n = 8192 in bf16: 4.3 GB a matrix and
+layer, of which the usual way
 keeps two or three; here the extra memory of a layer is one packed copy of k and v and a few bins.
 Bound: two products, 2·n²·d·H FLOP a layer when causal, and n²·H/2 exponentials: the shape of a flash-attention forward without its output.
 
@@ -19,15 +20,15 @@ import importlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from llmcore.kernels import backends
 from llmcore.kernels.attention_lse import attention_with_lse, check_attention
 from llmcore.kernels.visibility import pair_counts, visible_ranges
+from torch import Tensor
 
 __all__ = ["OUTPUTS", "SaliencyFlow", "attention_with_lse", "saliency_flow", "saliency_flow_reference"]
 
-# B batch, H query heads, G key/value heads, n rows (queries), m columns (keys), d / e head sizes of key / value, Sr / Sc row / column segments
+# B batch, H query heads, G key/value heads, n rows (queries), m columns (keys), d / e head sizes of key / value, Sr / Sc row / column
+# segments
 
 OUTPUTS = ("abs", "signed", "pos", "attn", "headsum_abs", "row_by_seg", "col_by_seg", "row_sum", "col_sum", "matrix")
 KINDS = ("abs", "signed", "pos", "attn")  # bits 0..3 of the operators' `outputs`
@@ -42,8 +43,10 @@ class SaliencyFlow:
     """Bins of one attention layer. What was not asked for is None; sums are float32 (float64 for float64 inputs), counts int64.
 
     abs_sum, signed_sum, pos_sum, attn_sum (B, H, Sr, Sc): sums of |G|, G, max(G, 0), A. headsum_abs (B, Sr, Sc): sums of |Σ_h G|.
-    count (B, Sr, Sc): visible pairs. box (B, Sr, Sc): rows · columns, masks ignored. row_by_seg (B, H, n, Sc), col_by_seg (B, H, Sr, m): one side unsummed.
-    row_sum (B, H, n), col_sum (B, H, m): over all visible pairs, segments ignored. matrix (B, H, n, m): I itself. pairs (Sr, Sc) bool: what was computed.
+    count (B, Sr, Sc): visible pairs. box (B, Sr, Sc): rows · columns, masks ignored. row_by_seg (B, H, n, Sc), col_by_seg (B, H, Sr, m):
+    one side unsummed.
+    row_sum (B, H, n), col_sum (B, H, m): over all visible pairs, segments ignored. matrix (B, H, n, m): I itself. pairs (Sr, Sc) bool:
+    what was computed.
     """
 
     count: Tensor
@@ -65,7 +68,8 @@ class SaliencyFlow:
 
         Args:
             denominator: "box" (rows · columns, the papers' choice) or "visible" (pairs the mask lets through).
-            empty: a segment pair without pairs gives "nan" or "zero", or is an error ("raise"). Pairs that were pruned count as empty, but never raise.
+            empty: a segment pair without pairs gives "nan" or "zero", or is an error ("raise"). Pairs that were pruned count as empty, but
+                never raise.
             output: "abs", "signed", "pos", "attn" or "headsum_abs".
         """
         if denominator not in ("box", "visible"):
@@ -80,7 +84,10 @@ class SaliencyFlow:
         if empty == "raise":
             hollow = (pairs == 0) & (True if self.pairs is None else self.pairs)
             if bool(hollow.any()):
-                raise ValueError(f"empty='raise': segment pairs (batch, row segment, column segment) without {denominator} pairs: {hollow.nonzero().tolist()[:8]}")
+                raise ValueError(
+                    f"empty='raise': segment pairs (batch, row segment, column segment) without {denominator} pairs: "
+                    f"{hollow.nonzero().tolist()[:8]}"
+                )
         if self.pairs is not None:
             pairs = torch.where(self.pairs, pairs, 0)
         if sums.dim() == 4:
@@ -89,12 +96,30 @@ class SaliencyFlow:
         return result.masked_fill(pairs == 0, 0.0 if empty == "zero" else float("nan"))
 
 
-def saliency_flow_reference(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, lse: Tensor | None, row_segments: Tensor,
-                            col_segments: Tensor | None = None, *, num_row_segments: int | None = None, num_col_segments: int | None = None,
-                            softmax_scale: float | None = None, causal: bool = True, q_offset: int | None = None, window: int | None = None,
-                            softcap: float | None = None, sinks: Tensor | None = None, key_mask: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
-                            cu_seqlens_k: Tensor | None = None, pairs: Tensor | None = None, outputs: Sequence[str] = ("abs",),
-                            exclude_diagonal: bool = False) -> SaliencyFlow:
+def saliency_flow_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_output: Tensor,
+    lse: Tensor | None,
+    row_segments: Tensor,
+    col_segments: Tensor | None = None,
+    *,
+    num_row_segments: int | None = None,
+    num_col_segments: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    q_offset: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    pairs: Tensor | None = None,
+    outputs: Sequence[str] = ("abs",),
+    exclude_diagonal: bool = False,
+) -> SaliencyFlow:
     """The definition, with every n × m matrix in memory, in the dtype of the inputs. Arguments and result as in `saliency_flow`."""
     batch, heads, n, d = query.shape
     m, group = key.shape[2], heads // key.shape[1]
@@ -106,7 +131,11 @@ def saliency_flow_reference(query: Tensor, key: Tensor, value: Tensor, grad_outp
 
     i, j = torch.arange(n, device=query.device)[:, None], torch.arange(m, device=query.device)[None]
     document_starts = torch.tensor([[0, n]]) if cu_seqlens_q is None else cu_seqlens_q.view(-1, cu_seqlens_q.shape[-1])
-    column_starts = torch.tensor([[0, m]]) if cu_seqlens_q is None else (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).view_as(document_starts)
+    column_starts = (
+        torch.tensor([[0, m]])
+        if cu_seqlens_q is None
+        else (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).view_as(document_starts)
+    )
     visible = torch.zeros(batch, n, m, dtype=torch.bool, device=query.device)
     diagonal = torch.zeros_like(visible)
     for b in range(batch):
@@ -123,7 +152,7 @@ def saliency_flow_reference(query: Tensor, key: Tensor, value: Tensor, grad_outp
             diagonal[b] |= (i >= q0) & (i < q1) & (distance == 0)
     if key_mask is not None:
         visible = visible & key_mask.bool()[:, None]
-    scores = query @ key.transpose(-1, -2) * (d ** -0.5 if softmax_scale is None else softmax_scale)
+    scores = query @ key.transpose(-1, -2) * (d**-0.5 if softmax_scale is None else softmax_scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if lse is None:
@@ -161,30 +190,57 @@ def saliency_flow_reference(query: Tensor, key: Tensor, value: Tensor, grad_outp
         if name in chosen:
             result[name] = x()
     count = torch.einsum("bns,bnm,bmt->bst", rows.double(), visible.double(), cols.double()).round().long()
-    box = torch.einsum("bns,bnm,bmt->bst", rows.double(), (~diagonal if exclude_diagonal else torch.ones_like(diagonal)).double(), cols.double()).round().long()
+    box = (
+        torch.einsum(
+            "bns,bnm,bmt->bst", rows.double(), (~diagonal if exclude_diagonal else torch.ones_like(diagonal)).double(), cols.double()
+        )
+        .round()
+        .long()
+    )
     return SaliencyFlow(count=count, box=box, pairs=wanted, **result)
 
 
-# From the reference to the kernels. A row's range [low, high) and the valid columns are all that a mask is (kernels/visibility.py). With lse known, an entry of A
+# From the reference to the kernels. A row's range [low, high) and the valid columns are all that a mask is (kernels/visibility.py). With
+# lse known, an entry of A
 # needs one score, an entry of dA one more product, and both are consumed at once: for a tile of rows R and columns C
 #     P = exp(s_RC - lse_R) where visible, else 0;   D = do_R v_C^T;   bins[segment of row, segment of column] += |P · D|
-# Nothing flows between tiles, so a tile is skipped when no pair of its segments is wanted, when none of its pairs is visible, or when do_R is zero.
+# Nothing flows between tiles, so a tile is skipped when no pair of its segments is wanted, when none of its pairs is visible, or when do_R
+# is zero.
 # Invariant: after column tile t, row r's bins hold Σ over its visible columns < t · width, split by segment; Σ_j G_rj ends at do_r · o_r.
 #
-# Outputs that ignore segments (row_sum, col_sum) or keep one side (row_by_seg, col_by_seg) need tokens of no segment too: those get one extra bucket at the end.
+# Outputs that ignore segments (row_sum, col_sum) or keep one side (row_by_seg, col_by_seg) need tokens of no segment too: those get one
+# extra bucket at the end.
 
 
 @torch.library.custom_op("llmcore::saliency_flow_blocked", mutates_args=())
-def _saliency_flow_blocked(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, low: Tensor, high: Tensor, diagonal: Tensor | None,
-                           key_valid: Tensor | None, row_segment: Tensor, column_segment: Tensor, pairs: Tensor, scale: float, softcap: float,
-                           outputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The compiled operator's contract in blocks of plain PyTorch: any device, and float64. Peak extra memory: 4 · H · 128 · 512 numbers."""
+def _saliency_flow_blocked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    low: Tensor,
+    high: Tensor,
+    diagonal: Tensor | None,
+    key_valid: Tensor | None,
+    row_segment: Tensor,
+    column_segment: Tensor,
+    pairs: Tensor,
+    scale: float,
+    softcap: float,
+    outputs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The compiled operator's contract in blocks of plain PyTorch: any device, and float64. Peak extra memory: 4 · H · 128 · 512
+    numbers."""
     batch, heads, n, d = query.shape
     kv, m, width = key.shape[1], key.shape[2], value.shape[3]
     row_segments, column_segments = pairs.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     kinds = [kind for kind in range(4) if outputs >> kind & 1]
-    zeros = (lambda wanted, *shape: query.new_zeros(shape if wanted else (0,), dtype=dtype))
+
+    def zeros(wanted, *shape):
+        return query.new_zeros(shape if wanted else (0,), dtype=dtype)
+
     bins = query.new_zeros(len(kinds), batch, heads, row_segments, column_segments, dtype=dtype)
     headsum = zeros(outputs & HEADSUM, batch, row_segments, column_segments)
     row_bins = zeros(outputs & ROW_BINS, batch, heads, n, column_segments)
@@ -247,9 +303,17 @@ def _shapes(query, key, value, grad, lse, low, high, diagonal, key_valid, row_se
     batch, heads, n, _ = query.shape
     m, (rows, columns) = key.shape[2], pairs.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    new = (lambda wanted, *shape: query.new_empty(shape if wanted else (0,), dtype=dtype))
-    return (query.new_empty(bin(outputs & 15).count("1"), batch, heads, rows, columns, dtype=dtype), new(outputs & HEADSUM, batch, rows, columns),
-            new(outputs & ROW_BINS, batch, heads, n, columns), new(outputs & COLUMN_BINS, batch, heads, rows, m), new(outputs & MATRIX, batch, heads, n, m))
+
+    def new(wanted, *shape):
+        return query.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    return (
+        query.new_empty(bin(outputs & 15).count("1"), batch, heads, rows, columns, dtype=dtype),
+        new(outputs & HEADSUM, batch, rows, columns),
+        new(outputs & ROW_BINS, batch, heads, n, columns),
+        new(outputs & COLUMN_BINS, batch, heads, rows, m),
+        new(outputs & MATRIX, batch, heads, n, m),
+    )
 
 
 _saliency_flow_blocked.register_fake(_shapes)
@@ -258,11 +322,27 @@ if backends.extension_error() is None:
 
 
 @torch.library.custom_op("llmcore::saliency_flow_triton", mutates_args=())
-def _saliency_flow_triton(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, low: Tensor, high: Tensor, diagonal: Tensor | None,
-                          key_valid: Tensor | None, row_segment: Tensor, column_segment: Tensor, pairs: Tensor, scale: float, softcap: float,
-                          outputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _saliency_flow_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    low: Tensor,
+    high: Tensor,
+    diagonal: Tensor | None,
+    key_valid: Tensor | None,
+    row_segment: Tensor,
+    column_segment: Tensor,
+    pairs: Tensor,
+    scale: float,
+    softcap: float,
+    outputs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     launcher = importlib.import_module("llmcore.kernels.saliency_flow_triton")
-    return launcher.saliency_flow_fwd(query, key, value, grad, lse, low, high, diagonal, key_valid, row_segment, column_segment, pairs, scale, softcap, outputs)
+    return launcher.saliency_flow_fwd(
+        query, key, value, grad, lse, low, high, diagonal, key_valid, row_segment, column_segment, pairs, scale, softcap, outputs
+    )
 
 
 _saliency_flow_triton.register_fake(_shapes)
@@ -305,24 +385,51 @@ def _check_segments(name: str, segments: Tensor, shape: tuple[int, int], count: 
     return count
 
 
-def saliency_flow(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, lse: Tensor | None, row_segments: Tensor, col_segments: Tensor | None = None,
-                  *, num_row_segments: int | None = None, num_col_segments: int | None = None, softmax_scale: float | None = None, causal: bool = True,
-                  q_offset: int | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-                  key_mask: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, pairs: Tensor | None = None,
-                  outputs: Sequence[str] = ("abs",), exclude_diagonal: bool = False, backend: str = "auto") -> SaliencyFlow:
+def saliency_flow(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_output: Tensor,
+    lse: Tensor | None,
+    row_segments: Tensor,
+    col_segments: Tensor | None = None,
+    *,
+    num_row_segments: int | None = None,
+    num_col_segments: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    q_offset: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    pairs: Tensor | None = None,
+    outputs: Sequence[str] = ("abs",),
+    exclude_diagonal: bool = False,
+    backend: str = "auto",
+) -> SaliencyFlow:
     """Sums of |A · dL/dA| by segment of the reader (row) and of what is read (column), one layer, per query head.
 
     Args:
-        query: (B, H, n, d) as it enters attention (after rotary embedding). key: (B, G, m, d). value: (B, G, m, e). H a multiple of G; grouped heads are not repeated.
-        grad_output: (B, H, n, e), gradient of the loss with respect to softmax(...) @ value, before the output projection. Rows of zeros cost nothing.
-        lse: (B, H, n) float32, the forward's own (with its soft-cap, window and sinks; -inf where a row sees nothing), or None: computed here.
-        row_segments: (B, n) integer ids in [-1, num_row_segments), -1 for no segment. col_segments: (B, m); row_segments when omitted and n = m.
+        query: (B, H, n, d) as it enters attention (after rotary embedding). key: (B, G, m, d). value: (B, G, m, e). H a multiple of G;
+            grouped heads are not repeated.
+        grad_output: (B, H, n, e), gradient of the loss with respect to softmax(...) @ value, before the output projection. Rows of zeros
+            cost nothing.
+        lse: (B, H, n) float32, the forward's own (with its soft-cap, window and sinks; -inf where a row sees nothing), or None: computed
+            here.
+        row_segments: (B, n) integer ids in [-1, num_row_segments), -1 for no segment. col_segments: (B, m); row_segments when omitted and
+            n = m.
         num_row_segments, num_col_segments: largest id + 1 when omitted (reads the ids back from a GPU).
         softmax_scale: d^-1/2 by default. causal: row i stands at column i + q_offset and reads up to it; q_offset is m - n by default.
-        window: only 0 ≤ position - column < window is visible. softcap: scores become c · tanh(s / c). sinks: (H,); part of lse, used only when lse is None.
-        key_mask: (B, m), columns that may be read (padding is 0). cu_seqlens_q, cu_seqlens_k: (D + 1,) or (B, D + 1) borders of packed documents.
+        window: only 0 ≤ position - column < window is visible. softcap: scores become c · tanh(s / c). sinks: (H,); part of lse, used only
+            when lse is None.
+        key_mask: (B, m), columns that may be read (padding is 0). cu_seqlens_q, cu_seqlens_k: (D + 1,) or (B, D + 1) borders of packed
+            documents.
         pairs: (Sr, Sc) bool; other segment pairs are neither computed nor summed (their sums are 0), and their tiles cost nothing.
-        outputs: names among "abs", "signed", "pos", "attn", "headsum_abs", "row_by_seg", "col_by_seg", "row_sum", "col_sum", "matrix" ("large_matrix" beyond 2^26 entries).
+        outputs: names among "abs", "signed", "pos", "attn", "headsum_abs", "row_by_seg", "col_by_seg", "row_sum", "col_sum", "matrix"
+            ("large_matrix" beyond 2^26 entries).
         exclude_diagonal: drop the pairs of a token with itself from sums and both counts.
         backend: "auto", "cpp", "triton", "torch" (blocked), "reference".
 
@@ -330,9 +437,11 @@ def saliency_flow(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor
         SaliencyFlow. Deterministic, and independent of the other sequences of the batch.
 
     Raises:
-        ValueError, TypeError for shapes, dtypes, devices or ids that disagree and for NaN or infinity in grad_output (checked for CPU tensors).
+        ValueError, TypeError for shapes, dtypes, devices or ids that disagree and for NaN or infinity in grad_output (checked for CPU
+        tensors).
 
-    Memory: cpp: one float32 copy of key and value and 8 · Sr · Sc · H · n / 96 bytes. torch: 4 · H · 128 · 512 numbers. reference: 5 · B · H · n · m.
+    Memory: cpp: one float32 copy of key and value and 8 · Sr · Sc · H · n / 96 bytes. torch: 4 · H · 128 · 512 numbers. reference: 5 · B ·
+        H · n · m.
 
     Example:
         >>> q, k, v, do = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 4, 8, 16)
@@ -345,11 +454,20 @@ def saliency_flow(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor
     batch, heads, n, d = query.shape
     m = key.shape[2]
     if grad_output.shape != (batch, heads, n, value.shape[3]):
-        raise ValueError(f"grad_output must be (batch, num_heads, num_rows, value_dim) = {(batch, heads, n, value.shape[3])}, got {tuple(grad_output.shape)}")
+        raise ValueError(
+            f"grad_output must be (batch, num_heads, num_rows, value_dim) = {(batch, heads, n, value.shape[3])}, got "
+            f"{tuple(grad_output.shape)}"
+        )
     if grad_output.dtype != query.dtype or grad_output.device != query.device:
-        raise ValueError(f"grad_output must match query's dtype and device ({query.dtype}, {query.device}), got ({grad_output.dtype}, {grad_output.device})")
+        raise ValueError(
+            f"grad_output must match query's dtype and device ({query.dtype}, {query.device}), got ({grad_output.dtype}, "
+            f"{grad_output.device})"
+        )
     if lse is not None and (lse.shape != (batch, heads, n) or not lse.is_floating_point() or lse.device != query.device):
-        raise ValueError(f"lse must be float (batch, num_heads, num_rows) = {(batch, heads, n)} on {query.device}, got {lse.dtype} {tuple(lse.shape)} on {lse.device}")
+        raise ValueError(
+            f"lse must be float (batch, num_heads, num_rows) = {(batch, heads, n)} on {query.device}, got {lse.dtype} "
+            f"{tuple(lse.shape)} on {lse.device}"
+        )
     for name, t in (("row_segments", row_segments), ("col_segments", col_segments), ("pairs", pairs), ("key_mask", key_mask)):
         if t is not None and t.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}, got {t.device}")
@@ -363,18 +481,39 @@ def saliency_flow(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor
     if pairs is not None and pairs.shape != (rows_in, cols_in):
         raise ValueError(f"pairs must be (num_row_segments, num_col_segments) = {(rows_in, cols_in)}, got {tuple(pairs.shape)}")
     if "matrix" in chosen and batch * heads * n * m > MATRIX_LIMIT and "large_matrix" not in outputs:
-        raise ValueError(f"outputs: 'matrix' would hold {batch * heads * n * m} numbers, more than {MATRIX_LIMIT}; ask for 'large_matrix' if that is meant")
+        raise ValueError(
+            f"outputs: 'matrix' would hold {batch * heads * n * m} numbers, more than {MATRIX_LIMIT}; ask for 'large_matrix' if that "
+            f"is meant"
+        )
     if query.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(grad_output).all()):
         raise ValueError("grad_output must be finite, got NaN or infinity; scale the loss or use a wider dtype")
     serving = _backend(backend, query.device.type, query.dtype)
     query, key, value, grad_output = (t.detach() for t in (query, key, value, grad_output))
     options = {"causal": causal, "q_offset": q_offset, "window": window, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     if serving == "reference":
-        return saliency_flow_reference(query, key, value, grad_output, lse, row_segments, col_segments, num_row_segments=rows_in, num_col_segments=cols_in,
-                                       softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, key_mask=key_mask, pairs=pairs, outputs=outputs,
-                                       exclude_diagonal=exclude_diagonal, **options)
+        return saliency_flow_reference(
+            query,
+            key,
+            value,
+            grad_output,
+            lse,
+            row_segments,
+            col_segments,
+            num_row_segments=rows_in,
+            num_col_segments=cols_in,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            sinks=sinks,
+            key_mask=key_mask,
+            pairs=pairs,
+            outputs=outputs,
+            exclude_diagonal=exclude_diagonal,
+            **options,
+        )
     if lse is None:
-        _, lse = attention_with_lse(query, key, value, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, key_mask=key_mask, **options)
+        _, lse = attention_with_lse(
+            query, key, value, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, key_mask=key_mask, **options
+        )
 
     visible = visible_ranges(batch, n, m, device=query.device, **options)
     count, box = pair_counts(visible, row_segments, col_segments, rows_in, cols_in, key_mask=key_mask, exclude_diagonal=exclude_diagonal)
@@ -395,7 +534,11 @@ def saliency_flow(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor
     cols = torch.where(col_segments < 0, cols_in, col_segments) if col_bucket else col_segments
 
     code = sum(1 << bit for bit, kind in enumerate(KINDS) if kind in chosen)
-    code |= HEADSUM * ("headsum_abs" in chosen) | ROW_BINS * bool(chosen & {"row_by_seg", "row_sum"}) | COLUMN_BINS * bool(chosen & {"col_by_seg", "col_sum"})
+    code |= (
+        HEADSUM * ("headsum_abs" in chosen)
+        | ROW_BINS * bool(chosen & {"row_by_seg", "row_sum"})
+        | COLUMN_BINS * bool(chosen & {"col_by_seg", "col_sum"})
+    )
     code |= MATRIX * ("matrix" in chosen)
     if code & (ROW_BINS | COLUMN_BINS | MATRIX):
         code |= 1
@@ -403,9 +546,19 @@ def saliency_flow(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor
     accumulation = torch.float64 if query.dtype == torch.float64 else torch.float32
     flat = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, grad_output)]
     bins, headsum, row_bins, column_bins, matrix = getattr(torch.ops.llmcore, operator)(
-        *flat, lse.detach().to(accumulation).contiguous(), visible.low, visible.high, visible.diagonal if exclude_diagonal else None,
-        None if key_mask is None else key_mask.bool().to(torch.uint8).contiguous(), rows.int().contiguous(), cols.int().contiguous(),
-        compute.to(torch.uint8), float(d ** -0.5 if softmax_scale is None else softmax_scale), float(softcap or 0.0), code)
+        *flat,
+        lse.detach().to(accumulation).contiguous(),
+        visible.low,
+        visible.high,
+        visible.diagonal if exclude_diagonal else None,
+        None if key_mask is None else key_mask.bool().to(torch.uint8).contiguous(),
+        rows.int().contiguous(),
+        cols.int().contiguous(),
+        compute.to(torch.uint8),
+        float(d**-0.5 if softmax_scale is None else softmax_scale),
+        float(softcap or 0.0),
+        code,
+    )
 
     result: dict[str, Tensor] = {}
     kinds = [kind for bit, kind in enumerate(KINDS) if code >> bit & 1]
@@ -426,7 +579,9 @@ def saliency_flow(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor
     if "col_by_seg" in chosen:
         x = column_bins[:, :, :rows_in]
         if wanted is not None:
-            read = torch.cat([wanted, wanted.new_zeros(rows_in, 1)], 1)[:, torch.where(col_segments < 0, cols_in, col_segments).long()].transpose(0, 1)
+            read = torch.cat([wanted, wanted.new_zeros(rows_in, 1)], 1)[
+                :, torch.where(col_segments < 0, cols_in, col_segments).long()
+            ].transpose(0, 1)
             x = x.masked_fill(~read[:, None], 0.0)
         result["col_by_seg"] = x.clone()
     if "row_sum" in chosen:

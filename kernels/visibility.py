@@ -1,6 +1,7 @@
 """Which columns a row of attention may read, as one half-open range a row, and pair counts from those ranges without a loop over pairs.
 
-Causal order, windows, packed documents and key/value prefixes all leave a row a contiguous range [low, high) of columns; padding removes single columns from it
+Causal order, windows, packed documents and key/value prefixes all leave a row a contiguous range [low, high) of columns; padding removes
+single columns from it
 (`key_mask`). Every kernel of the saliency family works on (low, high, key_mask), so a mask feature is implemented once, here.
 
     count[s, t] = Σ over rows i of s:  c_t(high_i) - c_t(low_i),   c_t(j) = number of valid columns < j in segment t          O(n · S)
@@ -17,19 +18,32 @@ from torch import Tensor
 
 
 class Visibility(NamedTuple):
-    """low, high, diagonal: (B, n) int32; row i reads valid columns low ≤ j < high, and `diagonal` is the column of its own position (may be outside)."""
+    """low, high, diagonal: (B, n) int32; row i reads valid columns low ≤ j < high, and `diagonal` is the column of its own position (may
+    be outside)."""
 
     low: Tensor
     high: Tensor
     diagonal: Tensor
 
 
-def visible_ranges(batch: int, num_rows: int, num_cols: int, *, device: torch.device, causal: bool = True, q_offset: int | None = None,
-                   window: int | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None) -> Visibility:
+def visible_ranges(
+    batch: int,
+    num_rows: int,
+    num_cols: int,
+    *,
+    device: torch.device,
+    causal: bool = True,
+    q_offset: int | None = None,
+    window: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Visibility:
     """Ranges of every row, on `device`, without reading a tensor back.
 
-    Row i of a document stands at position i + offset of that document's columns, offset = q_offset, or columns - rows of the document (bottom-right aligned).
-    causal: j ≤ position. window: 0 ≤ position - j < window. cu_seqlens_*: (D + 1,) or (B, D + 1) document borders; rows behind the last border read nothing.
+    Row i of a document stands at position i + offset of that document's columns, offset = q_offset, or columns - rows of the document
+    (bottom-right aligned).
+    causal: j ≤ position. window: 0 ≤ position - j < window. cu_seqlens_*: (D + 1,) or (B, D + 1) document borders; rows behind the last
+        border read nothing.
     """
     rows = torch.arange(num_rows, device=device).expand(batch, num_rows)
     if cu_seqlens_q is None:
@@ -57,18 +71,30 @@ def visible_ranges(batch: int, num_rows: int, num_cols: int, *, device: torch.de
     return Visibility(low.int().contiguous(), high.int().contiguous(), position.int().contiguous())
 
 
-def pair_counts(visible: Visibility, row_segments: Tensor, col_segments: Tensor, num_row_segments: int, num_col_segments: int, *,
-                key_mask: Tensor | None = None, exclude_diagonal: bool = False) -> tuple[Tensor, Tensor]:
+def pair_counts(
+    visible: Visibility,
+    row_segments: Tensor,
+    col_segments: Tensor,
+    num_row_segments: int,
+    num_col_segments: int,
+    *,
+    key_mask: Tensor | None = None,
+    exclude_diagonal: bool = False,
+) -> tuple[Tensor, Tensor]:
     """(count, box), each (B, Sr, Sc) int64: visible pairs, and rows · columns with masks ignored. Excluded diagonals leave both."""
-    batch, num_rows = row_segments.shape
+    batch, _num_rows = row_segments.shape
     num_cols = col_segments.shape[1]
     row_ids, col_ids = row_segments.long(), col_segments.long()
     low, high, diagonal = (t.long() for t in visible)
     valid = torch.ones_like(col_ids, dtype=torch.bool) if key_mask is None else key_mask.bool()
-    group = (row_ids + 1) + torch.arange(batch, device=row_ids.device)[:, None] * (num_row_segments + 1)  # bucket 0 of each sequence: no segment
+    group = (row_ids + 1) + torch.arange(batch, device=row_ids.device)[:, None] * (
+        num_row_segments + 1
+    )  # bucket 0 of each sequence: no segment
 
     def by_row_segment(values: Tensor) -> Tensor:  # (B, n, S) -> (B, Sr, S)
-        sums = values.new_zeros(batch * (num_row_segments + 1), values.shape[2]).index_add_(0, group.reshape(-1), values.reshape(-1, values.shape[2]))
+        sums = values.new_zeros(batch * (num_row_segments + 1), values.shape[2]).index_add_(
+            0, group.reshape(-1), values.reshape(-1, values.shape[2])
+        )
         return sums.view(batch, num_row_segments + 1, -1)[:, 1:]
 
     on_diagonal = (diagonal >= 0) & (diagonal < num_cols)

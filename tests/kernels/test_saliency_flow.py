@@ -1,4 +1,5 @@
-"""Saliency flow: every backend against the float64 definition on every mask feature, the identities that need no reference, determinism and failures."""
+"""Saliency flow: every backend against the float64 definition on every mask feature, the identities that need no reference, determinism
+and failures."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from llmcore.kernels import backends
 from llmcore.kernels.saliency_flow import OUTPUTS, attention_with_lse, saliency_flow, saliency_flow_reference
 
-BACKENDS = [pytest.param("cpp", marks=pytest.mark.skipif(backends.extension_error() is not None, reason=str(backends.extension_error()))), "torch"]
+BACKENDS = [
+    pytest.param("cpp", marks=pytest.mark.skipif(backends.extension_error() is not None, reason=str(backends.extension_error()))),
+    "torch",
+]
 FIELDS = ("abs_sum", "signed_sum", "pos_sum", "attn_sum", "headsum_abs", "row_by_seg", "col_by_seg", "row_sum", "col_sum", "matrix")
 # name -> (batch, heads, kv heads, rows, columns, head size, value size, options)
 MASKS = {
@@ -40,8 +43,16 @@ MASKS = {
 
 def _inputs(seed, batch, heads, kv_heads, rows, cols, size, value_size, options, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    draw = (lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype))
-    tensors = draw(batch, heads, rows, size), draw(batch, kv_heads, cols, size), draw(batch, kv_heads, cols, value_size), draw(batch, heads, rows, value_size)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = (
+        draw(batch, heads, rows, size),
+        draw(batch, kv_heads, cols, size),
+        draw(batch, kv_heads, cols, value_size),
+        draw(batch, heads, rows, value_size),
+    )
     row_segments = torch.randint(-1, 3, (batch, rows), generator=generator)
     col_segments = row_segments if rows == cols else torch.randint(-1, 4, (batch, cols), generator=generator)
     options = dict(options)
@@ -49,7 +60,7 @@ def _inputs(seed, batch, heads, kv_heads, rows, cols, size, value_size, options,
         options["sinks"] = draw(heads)
     if options.get("key_mask") == "ends":
         options["key_mask"] = torch.ones(batch, cols, dtype=torch.bool)
-        options["key_mask"][0, :9], options["key_mask"][1, cols - 7:] = False, False
+        options["key_mask"][0, :9], options["key_mask"][1, cols - 7 :] = False, False
     elif options.get("key_mask") == "holes":
         options["key_mask"] = torch.rand(batch, cols, generator=generator) < 0.6
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
@@ -62,7 +73,9 @@ def _flow(tensors, row_segments, col_segments, options, backend, **more):
     query, key, value, grad = tensors
     forward = {name: x for name, x in options.items() if name != "exclude_diagonal"}
     _, lse = attention_with_lse(query, key, value, **forward)
-    return saliency_flow(query, key, value, grad, lse, row_segments, col_segments, num_row_segments=3, num_col_segments=4, backend=backend, **options, **more)
+    return saliency_flow(
+        query, key, value, grad, lse, row_segments, col_segments, num_row_segments=3, num_col_segments=4, backend=backend, **options, **more
+    )
 
 
 def _close(name, ours, truth, relative, absolute):
@@ -71,7 +84,9 @@ def _close(name, ours, truth, relative, absolute):
     error = (ours - truth).abs()
     allowed = relative * truth.abs() + absolute * truth.abs().max()
     worst = int((error - allowed).argmax())
-    assert bool((error <= allowed).all()), f"{name}: {ours.flatten()[worst]:.9e} for {truth.flatten()[worst]:.9e}, allowed error {allowed.flatten()[worst]:.1e}"
+    assert bool((error <= allowed).all()), (
+        f"{name}: {ours.flatten()[worst]:.9e} for {truth.flatten()[worst]:.9e}, allowed error {allowed.flatten()[worst]:.1e}"
+    )
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -81,7 +96,9 @@ def test_every_output_matches_the_definition(backend, mask, pruned):
     tensors, rows, cols, options = _inputs(0, *MASKS[mask])
     pairs = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]]).bool() if pruned else None
     wide = {name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in options.items()}
-    truth = saliency_flow_reference(*(t.double() for t in tensors), None, rows, cols, num_row_segments=3, num_col_segments=4, pairs=pairs, outputs=OUTPUTS, **wide)
+    truth = saliency_flow_reference(
+        *(t.double() for t in tensors), None, rows, cols, num_row_segments=3, num_col_segments=4, pairs=pairs, outputs=OUTPUTS, **wide
+    )
     ours = _flow(tensors, rows, cols, options, backend, pairs=pairs, outputs=OUTPUTS)
     for field in FIELDS:
         result = getattr(ours, field)
@@ -110,7 +127,7 @@ def test_float64_matches_to_rounding(mask):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_low_precision_inputs_keep_float32_probabilities(backend, dtype):
-    tensors, rows, cols, options = _inputs(2, *MASKS["tile border"], dtype=dtype)
+    tensors, rows, cols, _options = _inputs(2, *MASKS["tile border"], dtype=dtype)
     truth = saliency_flow_reference(*(t.double() for t in tensors), None, rows, cols, num_row_segments=3, num_col_segments=4)
     lse = saliency_lse(tensors)
     ours = saliency_flow(*tensors, lse, rows, cols, num_row_segments=3, num_col_segments=4, backend=backend)
@@ -123,16 +140,35 @@ def saliency_lse(tensors):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=40, deadline=None, database=None)
-@given(seed=st.integers(0, 2**20), rows=st.integers(1, 70), extra=st.integers(0, 40), group=st.integers(1, 3), kv_heads=st.integers(1, 2), size=st.integers(1, 33),
-       value_size=st.integers(1, 40), window=st.none() | st.integers(1, 50), softcap=st.none() | st.floats(0.5, 30), sinks=st.booleans())
+@given(
+    seed=st.integers(0, 2**20),
+    rows=st.integers(1, 70),
+    extra=st.integers(0, 40),
+    group=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    size=st.integers(1, 33),
+    value_size=st.integers(1, 40),
+    window=st.none() | st.integers(1, 50),
+    softcap=st.none() | st.floats(0.5, 30),
+    sinks=st.booleans(),
+)
 def test_signed_row_sums_are_grad_dot_output(backend, seed, rows, extra, group, kv_heads, size, value_size, window, softcap, sinks):
     """Σ_j G_ij = do_i · o_i for any visible set: an identity that holds without any reference."""
     shape = 1, group * kv_heads, kv_heads, rows, rows + extra, size, value_size
     tensors, _, _, options = _inputs(seed, *shape, {"window": window, "softcap": softcap, "sinks": sinks or None})
     output, lse = attention_with_lse(*tensors[:3], **options)
     own = torch.arange(rows)[None]  # every row its own segment, all columns one
-    flow = saliency_flow(*tensors, lse, own, torch.zeros(1, rows + extra, dtype=torch.long), num_row_segments=rows, num_col_segments=1, outputs=("signed", "abs"),
-                         backend=backend, **options)
+    flow = saliency_flow(
+        *tensors,
+        lse,
+        own,
+        torch.zeros(1, rows + extra, dtype=torch.long),
+        num_row_segments=rows,
+        num_col_segments=1,
+        outputs=("signed", "abs"),
+        backend=backend,
+        **options,
+    )
     expected = (tensors[3].double() * output.double()).sum(-1)
     # the scale of rounding is what was added, |G|, plus the products' own
     assert ((flow.signed_sum[..., 0] - expected).abs() <= 2e-5 * flow.abs_sum[..., 0] + 1e-5 * expected.abs().max()).all()
@@ -142,7 +178,10 @@ def test_signed_row_sums_are_grad_dot_output(backend, seed, rows, extra, group, 
 def test_permuting_and_splitting_segments(backend):
     tensors, rows, _, _ = _inputs(3, 2, 4, 2, 130, 130, 16, 16, {})
     _, lse = attention_with_lse(*tensors[:3])
-    flow = (lambda ids, count: saliency_flow(*tensors, lse, ids, num_row_segments=count, num_col_segments=count, backend=backend).abs_sum)
+
+    def flow(ids, count):
+        return saliency_flow(*tensors, lse, ids, num_row_segments=count, num_col_segments=count, backend=backend).abs_sum
+
     base = flow(rows, 3)
     order = torch.tensor([2, 0, 1])
     permuted = flow(torch.where(rows < 0, rows, order[rows]), 3)
@@ -162,15 +201,31 @@ def test_contiguous_and_shuffled_segments_agree_across_backends():
         ids = torch.repeat_interleave(torch.arange(len(lengths)) % 3, torch.tensor(lengths))[None]
         truth = saliency_flow_reference(*(t.double() for t in tensors), None, ids, num_row_segments=3, num_col_segments=3)
         for backend in ("auto", "torch"):
-            _close("abs", saliency_flow(*tensors, lse, ids, num_row_segments=3, num_col_segments=3, backend=backend).abs_sum, truth.abs_sum, 1e-5, 2e-6)
+            _close(
+                "abs",
+                saliency_flow(*tensors, lse, ids, num_row_segments=3, num_col_segments=3, backend=backend).abs_sum,
+                truth.abs_sum,
+                1e-5,
+                2e-6,
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_are_deterministic_and_independent_of_the_batch(backend):
-    tensors, rows, cols, _ = _inputs(5, 3, 4, 2, 250, 250, 24, 24, {})
+    tensors, rows, _cols, _ = _inputs(5, 3, 4, 2, 250, 250, 24, 24, {})
     _, lse = attention_with_lse(*tensors[:3])
-    run = (lambda pick: saliency_flow(*(t[pick] for t in tensors), lse[pick], rows[pick], num_row_segments=3, num_col_segments=3, backend=backend,
-                                      outputs=("abs", "signed", "row_by_seg", "headsum_abs")))
+
+    def run(pick):
+        return saliency_flow(
+            *(t[pick] for t in tensors),
+            lse[pick],
+            rows[pick],
+            num_row_segments=3,
+            num_col_segments=3,
+            backend=backend,
+            outputs=("abs", "signed", "row_by_seg", "headsum_abs"),
+        )
+
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -200,7 +255,9 @@ def test_empty_and_absent_segments(backend):
     assert some.mean(denominator="visible")[..., 0, 0].isfinite().all()
     with pytest.raises(ValueError, match="empty='raise'"):
         some.mean(empty="raise")
-    no_rows = saliency_flow(*(t[:, :, :0] for t in tensors), lse[:, :, :0], rows[:, :0], num_row_segments=2, num_col_segments=2, backend=backend)
+    no_rows = saliency_flow(
+        *(t[:, :, :0] for t in tensors), lse[:, :, :0], rows[:, :0], num_row_segments=2, num_col_segments=2, backend=backend
+    )
     assert no_rows.abs_sum.shape == (2, 4, 2, 2)
     assert not no_rows.abs_sum.any()
 
@@ -246,13 +303,18 @@ def test_counts_match_a_loop_over_pairs():
     assert visible == flow.count.sum()
 
 
-@pytest.mark.parametrize("mask", ["causal", "bidirectional", "window", "softcap", "sinks", "prefix", "padding", "padded prefix", "holes", "documents", "decode"])
+@pytest.mark.parametrize(
+    "mask", ["causal", "bidirectional", "window", "softcap", "sinks", "prefix", "padding", "padded prefix", "holes", "documents", "decode"]
+)
 def test_attention_gradients(mask):
     (query, key, value, _), _, _, options = _inputs(8, *MASKS[mask], dtype=torch.float64)
     query, key, value = (t[..., :6].clone().requires_grad_() for t in (query, key, value[..., :5]))
     sinks = options.pop("sinks", None)
     extra = [sinks.requires_grad_()] if sinks is not None else []
-    run = (lambda q, k, v, *s: attention_with_lse(q, k, v, sinks=s[0] if s else None, **options)[0])
+
+    def run(q, k, v, *s):
+        return attention_with_lse(q, k, v, sinks=s[0] if s else None, **options)[0]
+
     assert torch.autograd.gradcheck(run, (query, key, value, *extra), fast_mode=True)
 
 
@@ -268,14 +330,38 @@ def test_flash_and_blocked_attention_agree():
 def test_operator_contract():
     (query, key, value, grad), rows, _, _ = _inputs(10, 1, 4, 2, 20, 20, 8, 8, {})
     _, lse = attention_with_lse(query, key, value)
-    low, high, diagonal = torch.zeros(1, 20, dtype=torch.int32), torch.arange(1, 21, dtype=torch.int32)[None], torch.arange(20, dtype=torch.int32)[None]
-    arguments = (query, key, value, grad, lse, low, high, diagonal, None, rows.int(), rows.int(), torch.ones(3, 3, dtype=torch.uint8), 0.3, 0.0, 255)
-    operators = [torch.ops.llmcore.saliency_flow_blocked] + ([torch.ops.llmcore.saliency_flow_fwd] if backends.extension_error() is None else [])
+    low, high, diagonal = (
+        torch.zeros(1, 20, dtype=torch.int32),
+        torch.arange(1, 21, dtype=torch.int32)[None],
+        torch.arange(20, dtype=torch.int32)[None],
+    )
+    arguments = (
+        query,
+        key,
+        value,
+        grad,
+        lse,
+        low,
+        high,
+        diagonal,
+        None,
+        rows.int(),
+        rows.int(),
+        torch.ones(3, 3, dtype=torch.uint8),
+        0.3,
+        0.0,
+        255,
+    )
+    operators = [torch.ops.llmcore.saliency_flow_blocked] + (
+        [torch.ops.llmcore.saliency_flow_fwd] if backends.extension_error() is None else []
+    )
     for operator in operators:
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(torch.ops.llmcore.attention_lse_fwd.default,
-                          (query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), 0.3, True, None, None, None, None, None, None, None, False),
-                          test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        torch.ops.llmcore.attention_lse_fwd.default,
+        (query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), 0.3, True, None, None, None, None, None, None, None, False),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -284,33 +370,47 @@ def test_compiles_without_graph_breaks():
 
     def run(query, key, value, grad, rows):
         output, lse = attention_with_lse(query, key, value)
-        return output, saliency_flow(query, key, value, grad, lse, rows, num_row_segments=3, num_col_segments=3, outputs=("abs", "row_sum")).abs_sum
+        return output, saliency_flow(
+            query, key, value, grad, lse, rows, num_row_segments=3, num_col_segments=3, outputs=("abs", "row_sum")
+        ).abs_sum
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for ours, plain in zip(compiled(query, key, value, grad, rows), run(query, key, value, grad, rows), strict=True):
         torch.testing.assert_close(ours, plain)
 
 
-@pytest.mark.parametrize(("change", "error", "words"), [
-    ({"grad_output": "nan"}, ValueError, "grad_output must be finite"),
-    ({"key": (2, 3, 37, 20)}, ValueError, "value must agree with key|num_kv_heads"),
-    ({"lse": (2, 4, 36)}, ValueError, "lse must be float"),
-    ({"row_segments": "big"}, ValueError, "row_segments must be -1 or in"),
-    ({"row_segments": "low"}, ValueError, "row_segments must be -1 or in"),
-    ({"row_segments": "float"}, TypeError, "row_segments must be integer"),
-    ({"window": 0}, ValueError, "window must be positive"),
-    ({"softcap": -1.0}, ValueError, "softcap must be positive"),
-    ({"outputs": ("saliency",)}, ValueError, "outputs must be among"),
-    ({"outputs": "abs"}, TypeError, "outputs must be a sequence"),
-    ({"pairs": torch.ones(2, 2)}, ValueError, "pairs must be"),
-    ({"cu_seqlens_q": torch.tensor([0, 5])}, ValueError, "batch must be 1"),
-    ({"key_mask": torch.ones(2, 36, dtype=torch.bool)}, ValueError, "key_mask must be"),
-    ({"backend": "cuda"}, RuntimeError, "saliency_flow has no cuda"),
-    ({"sinks": torch.ones(3)}, ValueError, "sinks must be"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"grad_output": "nan"}, ValueError, "grad_output must be finite"),
+        ({"key": (2, 3, 37, 20)}, ValueError, "value must agree with key|num_kv_heads"),
+        ({"lse": (2, 4, 36)}, ValueError, "lse must be float"),
+        ({"row_segments": "big"}, ValueError, "row_segments must be -1 or in"),
+        ({"row_segments": "low"}, ValueError, "row_segments must be -1 or in"),
+        ({"row_segments": "float"}, TypeError, "row_segments must be integer"),
+        ({"window": 0}, ValueError, "window must be positive"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+        ({"outputs": ("saliency",)}, ValueError, "outputs must be among"),
+        ({"outputs": "abs"}, TypeError, "outputs must be a sequence"),
+        ({"pairs": torch.ones(2, 2)}, ValueError, "pairs must be"),
+        ({"cu_seqlens_q": torch.tensor([0, 5])}, ValueError, "batch must be 1"),
+        ({"key_mask": torch.ones(2, 36, dtype=torch.bool)}, ValueError, "key_mask must be"),
+        ({"backend": "cuda"}, RuntimeError, "saliency_flow has no cuda"),
+        ({"sinks": torch.ones(3)}, ValueError, "sinks must be"),
+    ],
+)
 def test_failures_name_the_argument(change, error, words):
     (query, key, value, grad), rows, _, _ = _inputs(12, *MASKS["causal"])
-    arguments = {"query": query, "key": key, "value": value, "grad_output": grad, "lse": torch.zeros(2, 4, 37), "row_segments": rows, "num_row_segments": 3, "num_col_segments": 3}
+    arguments = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "grad_output": grad,
+        "lse": torch.zeros(2, 4, 37),
+        "row_segments": rows,
+        "num_row_segments": 3,
+        "num_col_segments": 3,
+    }
     for name, x in change.items():
         if x == "nan":
             grad[1, 2, 3, 4] = torch.nan
@@ -340,7 +440,8 @@ def test_extra_memory_stays_linear():
         "saliency_flow(*(t[:, :, :64] for t in (q, k, v, do)), lse[:, :, :64], ids[:, :64])\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "saliency_flow(q, k, v, do, lse, ids)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 24 * 1024  # kilobytes
