@@ -10,6 +10,11 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def(
       "saliency_flow_fwd(Tensor query, Tensor key, Tensor value, Tensor grad, Tensor lse, Tensor low, Tensor high, Tensor? diagonal, Tensor? key_valid, "
       "Tensor row_segment, Tensor column_segment, Tensor pairs, float scale, float softcap, int outputs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("invariants_tile_sums(Tensor a_left, Tensor a_right, Tensor b_left, Tensor b_right, bool symmetric) -> Tensor");
+  m.def("invariants_product(Tensor left, Tensor right, float mean, float scale) -> Tensor");
+  m.def("invariants_pair_sums(Tensor a, Tensor b) -> Tensor");
+  m.def("invariants_count_sketch(Tensor rows, Tensor bins, Tensor signs, int width) -> Tensor");
+  m.def("invariants_sketch_scores(Tensor sketches, Tensor query, int channels) -> Tensor");
 }
 
 // The module itself is empty: importing it runs the registrations above.
