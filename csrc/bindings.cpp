@@ -8,6 +8,15 @@
 STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def("extension_info() -> int");
   m.def(
+      "linear_logprob_fwd(Tensor hidden, Tensor rows, Tensor weight, Tensor? bias, Tensor labels, int vocab_start, float logit_scale, "
+      "float softcap, float temperature, int want, Tensor(a!) stats, Tensor(b!) argmax, Tensor(c!)? resident, Tensor(d!)? offsets, "
+      "Tensor(e!)? direction) -> ()");
+  m.def(
+      "linear_logprob_bwd(Tensor hidden, Tensor rows, Tensor weight, Tensor? bias, Tensor labels, int vocab_start, float logit_scale, "
+      "float softcap, float temperature, Tensor lse, Tensor target, Tensor target_coef, Tensor prob_coef, Tensor? slope, Tensor? resident, "
+      "Tensor? offsets, Tensor? slots, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, bool accumulate_weight, "
+      "Tensor(c!)? grad_bias) -> ()");
+  m.def(
       "saliency_flow_fwd(Tensor query, Tensor key, Tensor value, Tensor grad, Tensor lse, Tensor low, Tensor high, Tensor? diagonal, Tensor? key_valid, "
       "Tensor row_segment, Tensor column_segment, Tensor pairs, float scale, float softcap, int outputs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("invariants_tile_sums(Tensor a_left, Tensor a_right, Tensor b_left, Tensor b_right, bool symmetric) -> Tensor");

@@ -1,0 +1,645 @@
+// Fused linear log-probability on CPU: statistics of softmax(cap(s (H Wᵀ + b)) / τ) per row, and the gradients, without the logit matrix.
+//
+// Loop order: vocabulary blocks of 512 columns outside, waves of 512 rows inside, and in each wave three parallel phases between barriers:
+//   1  Z (rows x 512)  = H Wᵀ          over blocks of 96 rows, W packed once per vocabulary block
+//   2  row by row: bias, scale, cap, temperature, online statistics / gradient of the logits in place
+//   3  dH += dZ W, dW = dZᵀ H          over chunks of hidden columns
+// Every sum is formed in an order fixed by the shapes alone (vocabulary blocks in order, rows in order), by one thread, without atomics: results are the same bits
+// for any number of threads, and a row's statistics for any batch around it. 16-bit operands are widened as they are packed; products, logits and sums
+// are float32 (float64 operands: float64), running sums over the vocabulary are float64. Scratch does not grow with the vocabulary.
+//
+// A hand-written register tile was chosen over the vendor's GEMM per tile: the vendor's result for a row depends on how many rows share the call.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "common/cpu_features.h"
+
+namespace llmcore::linear_logprob {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum Want : int { kEntropy = 1, kSumSq = 2, kMean = 4, kArgmax = 8 };  // as in linear_logprob_core.py
+enum class Storage : int { kReal, kBFloat16, kHalf };
+
+constexpr int64_t kBlock = 512;      // vocabulary columns of a wave; one offset of the resident exponentials
+constexpr int64_t kWave = 512;       // rows of a wave
+constexpr int64_t kRows = 96;        // rows of one phase-1 task, a multiple of every register tile's rows
+constexpr int64_t kPad = 16;         // keeps rows of a tile off each other's cache sets
+constexpr int64_t kLd = kBlock + kPad;
+
+struct Transform {
+  double logit_scale, softcap, temperature;
+  bool identity;
+};
+
+struct RowSums {
+  double max = 0, sum = 0, shifted = 0, sum_sq = 0, sum_z = 0;
+  int64_t argmax = 0;
+};
+
+template <typename real>
+struct Tile {
+  int64_t nr;
+  void (*gemm_rows)(int64_t, int64_t, int64_t, const real*, int64_t, const real*, real*, int64_t, bool, bool);
+  void (*gemm_columns)(int64_t, int64_t, int64_t, const real*, int64_t, const real*, real*, int64_t, bool, bool);
+  void (*convert_row)(const void*, Storage, int64_t, real*);
+  void (*pack_transposed)(const char*, Storage, int64_t, int64_t, int64_t, int64_t, real*, real*);
+  void (*pack_row)(const real*, int64_t, int64_t, int64_t, real*);
+  void (*finish_logits)(real*, int64_t, const real*, const Transform&);
+  void (*row_statistics)(real*, int64_t, int, const Transform&, real*, uint16_t*, bool, RowSums&);
+  void (*row_gradient)(real*, int64_t, const Transform&, const uint16_t*, real, real, real, real, bool);
+  void (*scale_row)(real*, int64_t, real);
+  void (*add_column_sums)(const real*, int64_t, int64_t, int64_t, real*);
+};
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
+  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent == 0) return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(static_cast<float>(mantissa) * 0x1p-24f));
+  return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+inline uint16_t float_to_half(float f) {
+  const uint32_t bits = std::bit_cast<uint32_t>(f), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u)  // subnormal: the addition rounds to nearest even at 2^-24
+    return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u));
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+}
+
+inline uint16_t to_bfloat16(float f) {
+  const uint32_t bits = std::bit_cast<uint32_t>(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// ---- one lane: float64, and float32 on CPUs without AVX2 ----
+template <typename T>
+struct Scalar {
+  T v;
+  static constexpr int kWidth = 1;
+  static Scalar load(const T* p) { return {*p}; }
+  void store(T* p) const { *p = v; }
+  static Scalar set1(T x) { return {x}; }
+  static Scalar fma(Scalar a, Scalar b, Scalar c) { return {a.v * b.v + c.v}; }
+  static Scalar add(Scalar a, Scalar b) { return {a.v + b.v}; }
+  static Scalar mul(Scalar a, Scalar b) { return {a.v * b.v}; }
+  static Scalar max(Scalar a, Scalar b) { return {a.v > b.v ? a.v : b.v}; }
+  static Scalar exp(Scalar a) { return {std::exp(a.v)}; }
+  static Scalar tanh(Scalar a) { return {std::tanh(a.v)}; }
+  T reduce_max() const { return v; }
+  T reduce_add() const { return v; }
+};
+
+// exp on [-87.3, 88.3]: x = n ln 2 + r, polynomial of degree 6 on |r| <= ln 2 / 2 (1 ulp); below, 0. NaN stays NaN: it is the second operand of min and max.
+// tanh: odd polynomial below 0.625, 1 - 2 / (exp(2x) + 1) above.
+#define LLMCORE_VECTOR_FUNCTIONS(V)                                                                                    \
+  static V exp(V a) {                                                                                                  \
+    const V x = V::min(V::set1(88.3f), V::max(V::set1(-87.3f), a));                                                    \
+    const V n = V::round(V::mul(x, V::set1(1.44269504088896341f)));                                                    \
+    const V r = V::fma(n, V::set1(2.12194440e-4f), V::fma(n, V::set1(-0.693359375f), x));                              \
+    V p = V::fma(V::set1(1.9875691500e-4f), r, V::set1(1.3981999507e-3f));                                             \
+    p = V::fma(p, r, V::set1(8.3334519073e-3f));                                                                       \
+    p = V::fma(p, r, V::set1(4.1665795894e-2f));                                                                       \
+    p = V::fma(p, r, V::set1(1.6666665459e-1f));                                                                       \
+    p = V::fma(p, r, V::set1(5.0000001201e-1f));                                                                       \
+    p = V::add(V::fma(p, V::mul(r, r), r), V::set1(1.0f));                                                             \
+    return V::zero_below(V::mul(p, V::power_of_two(n)), a, -87.3f);                                                    \
+  }                                                                                                                    \
+  static V tanh(V a) {                                                                                                 \
+    const V s = V::mul(a, a);                                                                                          \
+    V p = V::fma(V::set1(-5.70498872745e-3f), s, V::set1(2.06390887954e-2f));                                          \
+    p = V::fma(p, s, V::set1(-5.37397155531e-2f));                                                                     \
+    p = V::fma(p, s, V::set1(1.33314422036e-1f));                                                                      \
+    p = V::fma(p, s, V::set1(-3.33332819422e-1f));                                                                     \
+    const V small = V::fma(V::mul(p, s), a, a);                                                                        \
+    const V magnitude = V::absolute(a);                                                                                \
+    const V e = V::exp(V::add(magnitude, magnitude));                                                                  \
+    const V large = V::fma(V::set1(-2.0f), V::divide(V::set1(1.0f), V::add(e, V::set1(1.0f))), V::set1(1.0f));         \
+    return V::select_below(magnitude, 0.625f, small, V::copy_sign(large, a));                                          \
+  }
+
+// Standard headers come first: the target pragmas below cover only what is written between them.
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+struct Avx2 {
+  __m256 v;
+  static constexpr int kWidth = 8;
+  static Avx2 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  static Avx2 set1(float x) { return {_mm256_set1_ps(x)}; }
+  static Avx2 fma(Avx2 a, Avx2 b, Avx2 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Avx2 add(Avx2 a, Avx2 b) { return {_mm256_add_ps(a.v, b.v)}; }
+  static Avx2 mul(Avx2 a, Avx2 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  static Avx2 divide(Avx2 a, Avx2 b) { return {_mm256_div_ps(a.v, b.v)}; }
+  static Avx2 max(Avx2 a, Avx2 b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static Avx2 min(Avx2 a, Avx2 b) { return {_mm256_min_ps(a.v, b.v)}; }
+  static Avx2 round(Avx2 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  static Avx2 power_of_two(Avx2 n) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+  }
+  static Avx2 zero_below(Avx2 x, Avx2 a, float limit) { return {_mm256_andnot_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(limit), _CMP_LT_OQ), x.v)}; }
+  static Avx2 absolute(Avx2 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+  static Avx2 copy_sign(Avx2 a, Avx2 sign) { return {_mm256_or_ps(a.v, _mm256_and_ps(_mm256_set1_ps(-0.0f), sign.v))}; }
+  static Avx2 select_below(Avx2 a, float limit, Avx2 below, Avx2 otherwise) {
+    return {_mm256_blendv_ps(otherwise.v, below.v, _mm256_cmp_ps(a.v, _mm256_set1_ps(limit), _CMP_LT_OQ))};
+  }
+  float reduce_max() const {
+    float lanes[8];
+    store(lanes);
+    float m = lanes[0];
+    for (int i = 1; i < 8; ++i) m = lanes[i] > m ? lanes[i] : m;
+    return m;
+  }
+  double reduce_add() const {
+    float lanes[8];
+    store(lanes);
+    double s = 0;
+    for (int i = 0; i < 8; ++i) s += lanes[i];
+    return s;
+  }
+  LLMCORE_VECTOR_FUNCTIONS(Avx2)
+};
+static inline void half8(const uint16_t* from, float* to) {
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+static inline void transpose8(const float* from, int64_t ld, float* to, int64_t ld_to) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * ld);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * ld_to, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * ld_to, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#define TILE_HALF8 half8
+#define TILE_TRANSPOSE8 transpose8
+#define TILE_NAMESPACE avx2
+namespace avx2 {
+using real = float;
+using Vec = Avx2;
+constexpr int kMR = 6, kNR = 16;
+}  // namespace avx2
+#include "cpu/linear_logprob_tile.h"
+#undef TILE_NAMESPACE
+#pragma GCC pop_options
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says so of its own AVX-512 header
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+struct Avx512 {
+  __m512 v;
+  static constexpr int kWidth = 16;
+  static Avx512 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  static Avx512 set1(float x) { return {_mm512_set1_ps(x)}; }
+  static Avx512 fma(Avx512 a, Avx512 b, Avx512 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Avx512 add(Avx512 a, Avx512 b) { return {_mm512_add_ps(a.v, b.v)}; }
+  static Avx512 mul(Avx512 a, Avx512 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  static Avx512 divide(Avx512 a, Avx512 b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static Avx512 max(Avx512 a, Avx512 b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Avx512 min(Avx512 a, Avx512 b) { return {_mm512_min_ps(a.v, b.v)}; }
+  static Avx512 round(Avx512 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  static Avx512 power_of_two(Avx512 n) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+  }
+  static Avx512 zero_below(Avx512 x, Avx512 a, float limit) {
+    return {_mm512_mask_mov_ps(x.v, _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_LT_OQ), _mm512_setzero_ps())};
+  }
+  static Avx512 absolute(Avx512 a) { return {_mm512_abs_ps(a.v)}; }
+  static Avx512 copy_sign(Avx512 a, Avx512 sign) { return {_mm512_or_ps(a.v, _mm512_and_ps(_mm512_set1_ps(-0.0f), sign.v))}; }
+  static Avx512 select_below(Avx512 a, float limit, Avx512 below, Avx512 otherwise) {
+    return {_mm512_mask_mov_ps(otherwise.v, _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_LT_OQ), below.v)};
+  }
+  float reduce_max() const {
+    float lanes[16];
+    store(lanes);
+    float m = lanes[0];
+    for (int i = 1; i < 16; ++i) m = lanes[i] > m ? lanes[i] : m;
+    return m;
+  }
+  double reduce_add() const {
+    float lanes[16];
+    store(lanes);
+    double s = 0;
+    for (int i = 0; i < 16; ++i) s += lanes[i];
+    return s;
+  }
+  LLMCORE_VECTOR_FUNCTIONS(Avx512)
+};
+#define TILE_NAMESPACE avx512
+namespace avx512 {
+using real = float;
+using Vec = Avx512;
+constexpr int kMR = 12, kNR = 32;
+}  // namespace avx512
+#include "cpu/linear_logprob_tile.h"
+#undef TILE_NAMESPACE
+#pragma GCC pop_options
+#pragma GCC diagnostic pop
+#undef TILE_HALF8
+#undef TILE_TRANSPOSE8
+
+#endif
+
+#define TILE_NAMESPACE baseline
+namespace baseline {
+using real = float;
+using Vec = Scalar<float>;
+constexpr int kMR = 4, kNR = 8;
+}  // namespace baseline
+#include "cpu/linear_logprob_tile.h"
+#undef TILE_NAMESPACE
+
+#define TILE_NAMESPACE float64
+namespace float64 {
+using real = double;
+using Vec = Scalar<double>;
+constexpr int kMR = 4, kNR = 4;
+}  // namespace float64
+#include "cpu/linear_logprob_tile.h"
+#undef TILE_NAMESPACE
+
+template <typename real>
+const Tile<real>& tile();
+template <>
+const Tile<double>& tile<double>() { return float64::kTile; }
+template <>
+const Tile<float>& tile<float>() {
+#if defined(__x86_64__)
+  if (cpu_level() >= CpuLevel::kAvx512) return avx512::kTile;
+  if (cpu_level() >= CpuLevel::kAvx2) return avx2::kTile;
+#endif
+  return baseline::kTile;
+}
+
+// Tasks taken in turn by the pool's threads. A task's result must not depend on who runs it or when.
+template <typename F>
+void run_tasks(int64_t count, int64_t threads, const F& task) {
+  if (count <= 0) return;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(count, threads), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t t = next.fetch_add(1); t < count; t = next.fetch_add(1)) task(t, worker);
+  });
+}
+
+template <typename T>
+struct Buffer {
+  explicit Buffer(int64_t count) : data_(count > 0 ? static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) : nullptr) {
+    STD_TORCH_CHECK(count <= 0 || data_ != nullptr, "linear_logprob: out of memory for ", count * sizeof(T), " bytes of scratch");
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  T* get() const { return data_; }
+  T* data_;
+};
+
+struct Operand {  // rows of a matrix with unit last stride
+  const char* data = nullptr;
+  Storage storage = Storage::kReal;
+  int64_t row_bytes = 0;
+
+  Operand(const Tensor& t, ScalarType real) {
+    data = static_cast<const char*>(t.data_ptr());
+    const ScalarType type = t.scalar_type();
+    storage = type == ScalarType::BFloat16 ? Storage::kBFloat16 : type == ScalarType::Half ? Storage::kHalf : Storage::kReal;
+    STD_TORCH_CHECK(storage != Storage::kReal || type == real, "linear_logprob: an operand's dtype does not fit the accumulation dtype");
+    row_bytes = t.stride(0) * (storage != Storage::kReal ? 2 : real == ScalarType::Double ? 8 : 4);
+  }
+};
+
+struct Shapes {
+  int64_t rows, hidden_size, vocab_size;
+};
+
+Shapes check(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels) {
+  STD_TORCH_CHECK(hidden.is_cpu() && weight.is_cpu() && rows.is_cpu() && labels.is_cpu(), "linear_logprob: tensors must be on the CPU");
+  STD_TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1), "linear_logprob: hidden (R, D) and weight (V, D) must agree");
+  STD_TORCH_CHECK(hidden.size(1) == 1 || (hidden.stride(1) == 1 && weight.stride(1) == 1), "linear_logprob: rows must be contiguous");
+  STD_TORCH_CHECK(rows.dim() == 1 && labels.dim() == 1 && rows.size(0) == labels.size(0) && rows.is_contiguous() && labels.is_contiguous() &&
+                      rows.scalar_type() == ScalarType::Long && labels.scalar_type() == ScalarType::Long,
+                  "linear_logprob: rows and labels must be contiguous int64 of one length");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous()), "linear_logprob: bias must be (V,)");
+  const int64_t* index = static_cast<const int64_t*>(rows.data_ptr());
+  for (int64_t i = 0; i < rows.size(0); ++i) STD_TORCH_CHECK(index[i] >= 0 && index[i] < hidden.size(0), "linear_logprob: row index out of range");
+  return {rows.size(0), weight.size(1), weight.size(0)};
+}
+
+template <typename real>
+constexpr ScalarType kType = sizeof(real) == 8 ? ScalarType::Double : ScalarType::Float;
+
+template <typename real>
+real* optional_data(const std::optional<Tensor>& t) {
+  return t ? static_cast<real*>(t->data_ptr()) : nullptr;
+}
+
+// What both directions share: operands, the packed weight block and the wave of logits.
+template <typename real>
+struct Waves {
+  const Tile<real>& k = tile<real>();
+  const Shapes shapes;
+  const Operand hidden, weight;
+  const int64_t* rows;
+  const Transform transform;
+  const int64_t threads;
+  const int64_t gather_ld;
+  Buffer<real> packed, z, gather, pack_rows, bias;
+  const std::optional<Tensor>& bias_tensor;
+  int64_t start = 0, columns = 0;  // of the present vocabulary block
+
+  Waves(const Tensor& h, const Tensor& r, const Tensor& w, const std::optional<Tensor>& b, const Tensor& labels, double logit_scale, double softcap,
+        double temperature)
+      : shapes(check(h, r, w, b, labels)), hidden(h, kType<real>), weight(w, kType<real>), rows(static_cast<const int64_t*>(r.data_ptr())),
+        transform{logit_scale, softcap, temperature, logit_scale == 1 && softcap == 0 && temperature == 1},
+        threads(std::max<int64_t>(1, torch::stable::get_num_threads())), gather_ld((shapes.hidden_size + 15) / 16 * 16 + kPad),
+        packed(kBlock * shapes.hidden_size), z(std::min(kWave, shapes.rows) * kLd), gather(threads * kRows * gather_ld),
+        pack_rows(threads * k.nr * shapes.hidden_size), bias(b ? kBlock + kPad : 0), bias_tensor(b) {}
+
+  const char* hidden_row(int64_t i) const { return hidden.data + rows[i] * hidden.row_bytes; }
+
+  // Pack the weight rows of one vocabulary block as columns, and its bias.
+  void begin_block(int64_t first, bool pack) {
+    start = first;
+    columns = std::min(kBlock, shapes.vocab_size - first);
+    if (bias_tensor) {
+      const Storage storage = Operand(*bias_tensor, kType<real>).storage;
+      const char* from = static_cast<const char*>(bias_tensor->data_ptr()) + first * (storage == Storage::kReal ? sizeof(real) : 2);
+      k.convert_row(from, storage, columns, bias.get());
+      std::fill(bias.get() + columns, bias.get() + kBlock + kPad, real(0));
+    }
+    if (!pack) return;
+    run_tasks((columns + k.nr - 1) / k.nr, threads, [&](int64_t panel, int64_t worker) {
+      k.pack_transposed(weight.data + start * weight.row_bytes, weight.storage, weight.row_bytes, columns, shapes.hidden_size, panel,
+                        pack_rows.get() + worker * k.nr * shapes.hidden_size, packed.get());
+    });
+  }
+
+  // Phase 1: raw logits of rows [begin, end) into the wave's rows [begin - wave, …).
+  void project(int64_t wave, int64_t begin, int64_t end) {
+    const int64_t blocks = (end - begin + kRows - 1) / kRows;
+    const int64_t splits = blocks >= 2 * threads ? 1 : std::min<int64_t>(4, (2 * threads + blocks - 1) / blocks);
+    const int64_t width = (kBlock / splits + k.nr - 1) / k.nr * k.nr;
+    run_tasks(blocks * splits, threads, [&](int64_t t, int64_t worker) {
+      const int64_t first = begin + t / splits * kRows, count = std::min(kRows, end - first);
+      const int64_t column = t % splits * width, n = std::min(width, columns - column);
+      if (n <= 0) return;
+      real* block = gather.get() + worker * kRows * gather_ld;
+      for (int64_t i = 0; i < count; ++i) k.convert_row(hidden_row(first + i), hidden.storage, shapes.hidden_size, block + i * gather_ld);
+      k.gemm_rows(count, n, shapes.hidden_size, block, gather_ld, packed.get() + column * shapes.hidden_size, z.get() + (first - wave) * kLd + column, kLd,
+                  false, true);
+    });
+  }
+};
+
+int64_t row_tasks(int64_t rows) { return (rows + 15) / 16; }
+
+template <typename real>
+void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, int64_t vocab_start,
+             double logit_scale, double softcap, double temperature, int64_t want, const Tensor& stats, const Tensor& argmax,
+             const std::optional<Tensor>& resident, const std::optional<Tensor>& offsets, const std::optional<Tensor>& direction) {
+  Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature);
+  const auto [m, d, v] = w.shapes;
+  STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Double && stats.is_contiguous() && stats.numel() == 6 * m, "linear_logprob: stats must be (6, M) float64");
+  double* const row_max = static_cast<double*>(stats.data_ptr());
+  double *sum = row_max + m, *target = row_max + 2 * m, *shifted = row_max + 3 * m, *sum_sq = row_max + 4 * m, *sum_z = row_max + 5 * m;
+  std::fill(row_max, row_max + m, -std::numeric_limits<double>::infinity());
+  std::fill(sum, sum + 5 * m, 0.0);
+  const int64_t* label = static_cast<const int64_t*>(labels.data_ptr());
+  int64_t* best = want & kArgmax ? static_cast<int64_t*>(argmax.data_ptr()) : nullptr;
+  if (best != nullptr) std::fill(best, best + m, vocab_start);
+  const int64_t kept = resident ? resident->size(0) : 0, tiles = (v + kBlock - 1) / kBlock;
+  real* kept_real = resident && !offsets ? static_cast<real*>(resident->data_ptr()) : nullptr;
+  uint16_t* kept_half = resident && offsets ? static_cast<uint16_t*>(resident->data_ptr()) : nullptr;
+  float* offset = optional_data<float>(offsets);
+  real* u = optional_data<real>(direction);
+  if (u != nullptr) std::fill(u, u + m * d, real(0));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (resident) {  // first touch of hundreds of megabytes: large pages save most of the page faults
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(resident->data_ptr()), bytes = resident->numel() * (kept_half ? 2 : sizeof(real));
+    const uintptr_t aligned = (begin + 4095) & ~uintptr_t(4095);
+    if (bytes > (1u << 22)) madvise(reinterpret_cast<void*>(aligned), begin + bytes - aligned, MADV_HUGEPAGE);
+  }
+#endif
+  const int64_t chunk = w.threads <= 4 ? 128 : 64, chunks = (d + chunk - 1) / chunk;
+  Buffer<real> weight_chunk(u != nullptr ? w.threads * kBlock * chunk : 0), weight_row(u != nullptr ? w.threads * d : 0);
+
+  for (int64_t start = 0; start < v; start += kBlock) {
+    w.begin_block(start, true);
+    for (int64_t wave = 0; wave < m; wave += kWave) {
+      const int64_t end = std::min(m, wave + kWave);
+      w.project(wave, wave, end);
+      run_tasks(row_tasks(end - wave), w.threads, [&](int64_t t, int64_t) {
+        for (int64_t i = wave + t * 16; i < std::min(end, wave + (t + 1) * 16); ++i) {
+          real* z = w.z.get() + (i - wave) * kLd;
+          w.k.finish_logits(z, w.columns, w.bias.get(), w.transform);
+          const int64_t local = label[i] - vocab_start - start;
+          if (local >= 0 && local < w.columns) target[i] = z[local];
+          RowSums s;
+          w.k.row_statistics(z, w.columns, static_cast<int>(want), w.transform, kept_real && i < kept ? kept_real + i * v + start : nullptr,
+                             kept_half && i < kept ? kept_half + i * v + start : nullptr, u != nullptr, s);
+          if (kept_half && i < kept) offset[i * tiles + start / kBlock] = static_cast<float>(s.max);
+          // Merge: while sum is 0 the old maximum is -inf and must not enter a difference.
+          const double top = std::max(row_max[i], s.max);
+          const double a = sum[i] > 0 ? std::exp(row_max[i] - top) : 0.0, b = std::exp(s.max - top);
+          const double moved_a = a > 0 ? row_max[i] - top : 0.0, moved_b = s.max - top;
+          if (want & kEntropy) shifted[i] = a * (shifted[i] + moved_a * sum[i]) + b * (s.shifted + (b > 0 ? moved_b * s.sum : 0.0));
+          sum[i] = a * sum[i] + b * s.sum;
+          sum_sq[i] = a * a * sum_sq[i] + b * b * s.sum_sq;
+          sum_z[i] += s.sum_z;
+          if (best != nullptr && s.max > row_max[i]) best[i] = vocab_start + start + s.argmax;
+          row_max[i] = top;
+          if (u != nullptr) {
+            if (b != 1) w.k.scale_row(z, w.columns, static_cast<real>(b));
+            if (start > 0 && a != 1) w.k.scale_row(u + i * d, d, static_cast<real>(a));
+          }
+        }
+      });
+      if (u == nullptr) continue;
+      run_tasks(chunks, w.threads, [&](int64_t t, int64_t worker) {
+        const int64_t first = t * chunk, width = std::min(chunk, d - first);
+        real* block = weight_chunk.get() + worker * kBlock * chunk;
+        real* row = weight_row.get() + worker * d;
+        for (int64_t c = 0; c < w.columns; ++c) {
+          const char* from = w.weight.data + (start + c) * w.weight.row_bytes;
+          w.k.convert_row(from + first * (w.weight.storage == Storage::kReal ? sizeof(real) : 2), w.weight.storage, width, row);
+          w.k.pack_row(row, width, c, w.columns, block);
+        }
+        w.k.gemm_rows(end - wave, width, w.columns, w.z.get(), kLd, block, u + wave * d + first, d, true, false);
+      });
+    }
+  }
+}
+
+// Round or add one row of a float32 / float64 gradient into the parameter's dtype.
+template <typename real>
+void store_row(const real* row, int64_t n, void* out, ScalarType type, bool add) {
+  for (int64_t j = 0; j < n; ++j) {
+    if (type == ScalarType::BFloat16 || type == ScalarType::Half) {
+      uint16_t& at = static_cast<uint16_t*>(out)[j];
+      const bool brain = type == ScalarType::BFloat16;
+      const float old = !add ? 0.0f : brain ? std::bit_cast<float>(uint32_t(at) << 16) : half_to_float(at);
+      const float value = old + static_cast<float>(row[j]);
+      at = brain ? to_bfloat16(value) : float_to_half(value);
+    } else if (type == ScalarType::Float) {
+      float& at = static_cast<float*>(out)[j];
+      at = (add ? at : 0.0f) + static_cast<float>(row[j]);
+    } else {
+      double& at = static_cast<double*>(out)[j];
+      at = (add ? at : 0.0) + row[j];
+    }
+  }
+}
+
+template <typename real>
+void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, int64_t vocab_start,
+              double logit_scale, double softcap, double temperature, const Tensor& lse_t, const Tensor& target_t, const Tensor& target_coef_t,
+              const Tensor& prob_coef_t, const std::optional<Tensor>& slope_t, const std::optional<Tensor>& resident,
+              const std::optional<Tensor>& offsets, const std::optional<Tensor>& slots_t, const std::optional<Tensor>& grad_hidden,
+              const std::optional<Tensor>& grad_weight, bool accumulate_weight, const std::optional<Tensor>& grad_bias) {
+  Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature);
+  const auto [m, d, v] = w.shapes;
+  for (const Tensor* t : {&lse_t, &target_t, &target_coef_t, &prob_coef_t})
+    STD_TORCH_CHECK(t->scalar_type() == kType<real> && t->is_contiguous() && t->numel() == m, "linear_logprob: row vectors must be (M,) of the accumulation dtype");
+  const real *lse = static_cast<const real*>(lse_t.data_ptr()), *target = static_cast<const real*>(target_t.data_ptr());
+  const real *target_coef = static_cast<const real*>(target_coef_t.data_ptr()), *prob_coef = static_cast<const real*>(prob_coef_t.data_ptr());
+  const real* slope = optional_data<real>(slope_t);
+  const int64_t* label = static_cast<const int64_t*>(labels.data_ptr());
+  const int64_t* slots = optional_data<int64_t>(slots_t);
+  const real* kept_real = resident && !offsets ? static_cast<const real*>(resident->data_ptr()) : nullptr;
+  const uint16_t* kept_half = resident && offsets ? static_cast<const uint16_t*>(resident->data_ptr()) : nullptr;
+  const float* offset = optional_data<float>(offsets);
+  int64_t stored = 0;  // stored rows come first
+  if (resident && slots) while (stored < m && slots[stored] >= 0) ++stored;
+  real* dh = optional_data<real>(grad_hidden);
+  if (dh != nullptr) std::fill(dh, dh + m * d, real(0));
+  real* db = optional_data<real>(grad_bias);
+  if (db != nullptr) std::fill(db, db + v, real(0));
+  const bool needs_weight = grad_weight.has_value();
+  const ScalarType weight_type = needs_weight ? grad_weight->scalar_type() : kType<real>;
+  // In the accumulation dtype the weight's gradient is summed in place, else in one block's buffer and rounded once.
+  const bool in_place = needs_weight && weight_type == kType<real> && grad_weight->is_contiguous();
+  const int64_t element = weight_type == ScalarType::Double ? 8 : weight_type == ScalarType::Float ? 4 : 2;
+  Buffer<real> dw_block(needs_weight && !in_place ? kBlock * d : 0);
+  const int64_t chunk = w.threads <= 4 ? 128 : 64, chunks = (d + chunk - 1) / chunk;
+  Buffer<real> operand(w.threads * std::max(kBlock, kWave) * chunk), row_buffer(w.threads * chunk);
+  const int64_t tiles = (v + kBlock - 1) / kBlock;
+  const double chain_at = logit_scale / temperature;
+
+  for (int64_t start = 0; start < v; start += kBlock) {
+    w.begin_block(start, stored < m);
+    for (int64_t wave = 0; wave < m; wave += kWave) {
+      const int64_t end = std::min(m, wave + kWave);
+      if (end > stored) w.project(wave, std::max(wave, stored), end);
+      run_tasks(row_tasks(end - wave), w.threads, [&](int64_t t, int64_t) {
+        for (int64_t i = wave + t * 16; i < std::min(end, wave + (t + 1) * 16); ++i) {
+          real* z = w.z.get() + (i - wave) * kLd;
+          const uint16_t* half = nullptr;
+          real row_offset = 0;
+          if (i >= stored) {
+            w.k.finish_logits(z, w.columns, w.bias.get(), w.transform);
+          } else if (kept_half != nullptr) {
+            half = kept_half + slots[i] * v + start;
+            row_offset = offset[slots[i] * tiles + start / kBlock];
+          } else {
+            std::copy(kept_real + slots[i] * v + start, kept_real + slots[i] * v + start + w.columns, z);
+          }
+          w.k.row_gradient(z, w.columns, w.transform, half, row_offset, lse[i], prob_coef[i], slope ? slope[i] : real(0), slope != nullptr);
+          const int64_t local = label[i] - vocab_start - start;
+          if (local >= 0 && local < w.columns) {  // from the exact target logit: 1 - p cancels
+            const real p = std::exp(target[i] - lse[i]);
+            const double ratio = softcap ? target[i] * temperature / softcap : 0.0;
+            z[local] = static_cast<real>((target_coef[i] - p * (prob_coef[i] + (slope ? slope[i] * target[i] : real(0)))) * chain_at * (1 - ratio * ratio));
+          }
+        }
+      });
+      const bool last = end == m, first_wave = wave == 0;
+      const int64_t hidden_tasks = dh != nullptr ? chunks : 0, weight_tasks = needs_weight ? chunks : 0;
+      run_tasks(hidden_tasks + weight_tasks + (db != nullptr ? 1 : 0), w.threads, [&](int64_t t, int64_t worker) {
+        if (t >= hidden_tasks + weight_tasks) return w.k.add_column_sums(w.z.get(), kLd, end - wave, w.columns, db + start);
+        const bool for_hidden = t < hidden_tasks;
+        const int64_t first = (for_hidden ? t : t - hidden_tasks) * chunk, width = std::min(chunk, d - first);
+        real* block = operand.get() + worker * std::max(kBlock, kWave) * chunk;
+        real* row = row_buffer.get() + worker * chunk;
+        const Operand& from = for_hidden ? w.weight : w.hidden;
+        const int64_t count = for_hidden ? w.columns : end - wave, skip = first * (from.storage == Storage::kReal ? sizeof(real) : 2);
+        for (int64_t r = 0; r < count; ++r) {
+          const char* source = (for_hidden ? from.data + (start + r) * from.row_bytes : w.hidden_row(wave + r)) + skip;
+          if (from.storage == Storage::kReal) {
+            w.k.pack_row(reinterpret_cast<const real*>(source), width, r, count, block);
+          } else {
+            w.k.convert_row(source, from.storage, width, row);
+            w.k.pack_row(row, width, r, count, block);
+          }
+        }
+        if (for_hidden) return w.k.gemm_rows(end - wave, width, w.columns, w.z.get(), kLd, block, dh + wave * d + first, d, true, false);
+        real* into = in_place ? static_cast<real*>(grad_weight->data_ptr()) + start * d + first : dw_block.get() + first;
+        w.k.gemm_columns(w.columns, width, end - wave, w.z.get(), kLd, block, into, d, !first_wave || (in_place && accumulate_weight), false);
+        if (!in_place && last)
+          for (int64_t c = 0; c < w.columns; ++c)
+            store_row(into + c * d, width, static_cast<char*>(grad_weight->data_ptr()) + ((start + c) * grad_weight->stride(0) + first) * element, weight_type,
+                      accumulate_weight);
+      });
+    }
+  }
+}
+
+bool wide(const Tensor& hidden, const Tensor& weight) {
+  return hidden.scalar_type() == ScalarType::Double || weight.scalar_type() == ScalarType::Double;
+}
+
+void linear_logprob_fwd(Tensor hidden, Tensor rows, Tensor weight, std::optional<Tensor> bias, Tensor labels, int64_t vocab_start, double logit_scale,
+                        double softcap, double temperature, int64_t want, Tensor stats, Tensor argmax, std::optional<Tensor> resident,
+                        std::optional<Tensor> offsets, std::optional<Tensor> direction) {
+  auto run = wide(hidden, weight) ? forward<double> : forward<float>;
+  run(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, want, stats, argmax, resident, offsets, direction);
+}
+
+void linear_logprob_bwd(Tensor hidden, Tensor rows, Tensor weight, std::optional<Tensor> bias, Tensor labels, int64_t vocab_start, double logit_scale,
+                        double softcap, double temperature, Tensor lse, Tensor target, Tensor target_coef, Tensor prob_coef, std::optional<Tensor> slope,
+                        std::optional<Tensor> resident, std::optional<Tensor> offsets, std::optional<Tensor> slots, std::optional<Tensor> grad_hidden,
+                        std::optional<Tensor> grad_weight, bool accumulate_weight, std::optional<Tensor> grad_bias) {
+  auto run = wide(hidden, weight) ? backward<double> : backward<float>;
+  run(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, lse, target, target_coef, prob_coef, slope, resident, offsets, slots,
+      grad_hidden, grad_weight, accumulate_weight, grad_bias);
+}
+
+}  // namespace llmcore::linear_logprob
+
+STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
+  m.impl("linear_logprob_fwd", TORCH_BOX(&llmcore::linear_logprob::linear_logprob_fwd));
+  m.impl("linear_logprob_bwd", TORCH_BOX(&llmcore::linear_logprob::linear_logprob_bwd));
+}

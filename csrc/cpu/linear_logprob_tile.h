@@ -1,0 +1,239 @@
+// Tile kernels of the fused linear log-probability, included once per instruction set by linear_logprob.cpp.
+//
+// The includer defines TILE_NAMESPACE, the accumulation type `real`, kMR x kNR (rows x columns of the register tile) and struct Vec:
+// kWidth lanes of `real` with load, store, set1, fma, add, mul, max, exp, tanh and reductions in a fixed order. Everything here is free of tensors and,
+// except for `convert_row`, of the operands' storage types.
+//
+// Every element of a product is one chain of fused multiply-adds per chunk of K, the chunks added in order: it does not depend on which other
+// rows share the register tile, so a row's logits are the same bits in any batch.
+
+namespace TILE_NAMESPACE {
+
+// C (mr x kNR) = or += A (mr x kc) · B (kc x kNR, packed). A is read as a[i * stride + k] (kAlongK) or a[k * stride + i].
+template <int mr, bool kAlongK>
+inline void micro(int64_t kc, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate) {
+  constexpr int kVecs = kNR / Vec::kWidth;
+  Vec acc[mr][kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < mr; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec::set1(0);
+  for (int64_t k = 0; k < kc; ++k) {
+    Vec bv[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) bv[j] = Vec::load(b + k * kNR + j * Vec::kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; ++i) {
+      const Vec av = Vec::set1(kAlongK ? a[i * stride + k] : a[k * stride + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec::fma(av, bv[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < mr; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      real* at = c + i * ldc + j * Vec::kWidth;
+      (accumulate ? Vec::add(Vec::load(at), acc[i][j]) : acc[i][j]).store(at);
+    }
+}
+
+template <bool kAlongK, int mr = kMR>
+inline void micro_edge(int rows, int64_t kc, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate) {
+  if (rows == mr) return micro<mr, kAlongK>(kc, a, stride, b, c, ldc, accumulate);
+  if constexpr (mr > 1) micro_edge<kAlongK, mr - 1>(rows, kc, a, stride, b, c, ldc, accumulate);
+}
+
+// C (m x n) = or += A (m x k) · B, B packed in panels [ceil(n / kNR)][k][kNR] with zeros past n. With `padded`, C may be written up to the panel's end.
+template <bool kAlongK>
+void gemm(int64_t m, int64_t n, int64_t k, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate, bool padded) {
+  // B's chunk of one panel and the lines of A that a register tile touches stay in the first-level cache together.
+  constexpr int64_t kChunk = kAlongK ? 256 : 128;
+  alignas(64) real edge[kMR * kNR];
+  for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
+    const int64_t kc = k - k0 < kChunk ? k - k0 : kChunk;
+    const bool add = accumulate || k0 > 0;
+    for (int64_t j = 0; j < n; j += kNR) {
+      const real* panel = b + (j / kNR) * k * kNR + k0 * kNR;
+      const int64_t columns = n - j < kNR ? n - j : kNR;
+      for (int64_t i = 0; i < m; i += kMR) {
+        const int rows = static_cast<int>(m - i < kMR ? m - i : kMR);
+        const real* from = kAlongK ? a + i * stride + k0 : a + k0 * stride + i;
+        real* to = c + i * ldc + j;
+        if (columns == kNR || padded) {
+          micro_edge<kAlongK>(rows, kc, from, stride, panel, to, ldc, add);
+        } else {
+          micro_edge<kAlongK>(rows, kc, from, stride, panel, edge, kNR, false);
+          for (int r = 0; r < rows; ++r)
+            for (int64_t q = 0; q < columns; ++q) to[r * ldc + q] = (add ? to[r * ldc + q] : real(0)) + edge[r * kNR + q];
+        }
+      }
+    }
+  }
+  if (k == 0 && !accumulate)
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) c[i * ldc + j] = 0;
+}
+
+// One row of an operand in the accumulation type.
+inline void convert_row(const void* source, Storage storage, int64_t n, real* out) {
+  switch (storage) {
+    case Storage::kReal: {
+      const real* from = static_cast<const real*>(source);
+      for (int64_t i = 0; i < n; ++i) out[i] = from[i];
+      return;
+    }
+    case Storage::kBFloat16: {
+      const uint16_t* from = static_cast<const uint16_t*>(source);
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<real>(std::bit_cast<float>(static_cast<uint32_t>(from[i]) << 16));
+      return;
+    }
+    case Storage::kHalf: {
+      const uint16_t* from = static_cast<const uint16_t*>(source);
+      int64_t i = 0;
+#if defined(TILE_HALF8)
+      for (; i + 8 <= n; i += 8) TILE_HALF8(from + i, out + i);
+#endif
+      for (; i < n; ++i) out[i] = static_cast<real>(half_to_float(from[i]));
+      return;
+    }
+  }
+}
+
+// Panels of weight rows as columns: out[panel][k][kNR], the transpose of rows [first, first + count) of a (rows, hidden_size) operand.
+inline void pack_transposed(const char* source, Storage storage, int64_t row_bytes, int64_t count, int64_t hidden_size, int64_t panel, real* row_buffer,
+                            real* out) {
+  const int64_t first = panel * kNR, rows = count - first < kNR ? count - first : kNR;
+  for (int64_t j = 0; j < kNR; ++j) {
+    real* row = row_buffer + j * hidden_size;
+    if (j < rows) convert_row(source + (first + j) * row_bytes, storage, hidden_size, row);
+    else for (int64_t k = 0; k < hidden_size; ++k) row[k] = 0;
+  }
+  real* to = out + panel * hidden_size * kNR;
+  int64_t k = 0;
+#if defined(TILE_TRANSPOSE8)
+  for (; k + 8 <= hidden_size; k += 8)
+    for (int64_t j = 0; j < kNR; j += 8) TILE_TRANSPOSE8(row_buffer + j * hidden_size + k, hidden_size, to + k * kNR + j, kNR);
+#endif
+  for (; k < hidden_size; ++k)
+    for (int64_t j = 0; j < kNR; ++j) to[k * kNR + j] = row_buffer[j * hidden_size + k];
+}
+
+// Panels of columns [begin, begin + width) of one row: out[panel][row][kNR] for a block of `block_rows` rows.
+inline void pack_row(const real* row, int64_t width, int64_t index, int64_t block_rows, real* out) {
+  for (int64_t j = 0; j < width; j += kNR) {
+    real* to = out + (j / kNR) * block_rows * kNR + index * kNR;
+    const int64_t columns = width - j < kNR ? width - j : kNR;
+    for (int64_t q = 0; q < columns; ++q) to[q] = row[j + q];
+    for (int64_t q = columns; q < kNR; ++q) to[q] = 0;
+  }
+}
+
+// z = cap(scale · (a + bias)) / temperature over one row of a tile; the row's buffer is a multiple of kNR wide.
+inline void finish_logits(real* z, int64_t n, const real* bias, const Transform& t) {
+  if (bias == nullptr && t.identity) return;
+  const Vec scale = Vec::set1(real(t.logit_scale)), inverse_cap = Vec::set1(real(t.softcap ? 1 / t.softcap : 0)), cap = Vec::set1(real(t.softcap));
+  const Vec inverse_temperature = Vec::set1(real(1 / t.temperature));
+  for (int64_t j = 0; j < n; j += Vec::kWidth) {
+    Vec x = Vec::load(z + j);
+    if (bias != nullptr) x = Vec::add(x, Vec::load(bias + j));
+    x = Vec::mul(x, scale);
+    if (t.softcap) x = Vec::mul(cap, Vec::tanh(Vec::mul(x, inverse_cap)));
+    Vec::mul(x, inverse_temperature).store(z + j);
+  }
+}
+
+// Statistics of one row of a tile, columns [0, n). Columns up to the vector width's multiple are overwritten with a value whose exponential is 0.
+// resident_real / resident_half: where to keep the logits, or bfloat16 exp(z - max). direction: z is replaced by exp(z - max) · da/dz.
+inline void row_statistics(real* z, int64_t n, int want, const Transform& t, real* resident_real, uint16_t* resident_half, bool direction, RowSums& out) {
+  constexpr int64_t w = Vec::kWidth;
+  const int64_t whole = (n + w - 1) / w * w;
+  if (resident_real != nullptr)
+    for (int64_t j = 0; j < n; ++j) resident_real[j] = z[j];
+  for (int64_t j = n; j < whole; ++j) z[j] = std::numeric_limits<real>::lowest() / 4;
+  Vec top = Vec::load(z);
+  for (int64_t j = w; j < whole; j += w) top = Vec::max(top, Vec::load(z + j));
+  const real m = top.reduce_max();
+  out.max = m;
+  if (want & kMean) {
+    double sum = 0;
+    for (int64_t j = 0; j < n; ++j) sum += z[j];
+    out.sum_z = sum;
+  }
+  if (want & kArgmax) {
+    out.argmax = 0;
+    for (int64_t j = n - 1; j >= 0; --j)
+      if (z[j] == m) out.argmax = j;
+  }
+  const Vec negative_max = Vec::set1(-m);
+  Vec sum = Vec::set1(0), shifted = Vec::set1(0), squares = Vec::set1(0);
+  alignas(64) real e_lanes[w];
+  const real chain = real(t.logit_scale / t.temperature);
+  for (int64_t j = 0; j < whole; j += w) {
+    const Vec x = Vec::load(z + j), delta = Vec::add(x, negative_max), e = Vec::exp(delta);
+    sum = Vec::add(sum, e);
+    if (want & kEntropy) shifted = Vec::fma(e, delta, shifted);
+    if (want & kSumSq) squares = Vec::fma(e, e, squares);
+    if (resident_half != nullptr) {
+      e.store(e_lanes);
+      for (int64_t q = 0; q < w && j + q < n; ++q) resident_half[j + q] = to_bfloat16(static_cast<float>(e_lanes[q]));
+    }
+    if (direction) {
+      Vec factor = Vec::set1(chain);
+      if (t.softcap) {
+        const Vec ratio = Vec::mul(x, Vec::set1(real(t.temperature / t.softcap)));
+        factor = Vec::mul(factor, Vec::fma(Vec::mul(ratio, Vec::set1(-1)), ratio, Vec::set1(1)));
+      }
+      Vec::mul(e, factor).store(z + j);
+    }
+  }
+  out.sum = sum.reduce_add();
+  out.shifted = shifted.reduce_add();
+  out.sum_sq = squares.reduce_add();
+}
+
+// da of one row of a tile in place. On entry z holds final logits; with resident_half the probabilities are exp(offset - lse) times the stored ones.
+inline void row_gradient(real* z, int64_t n, const Transform& t, const uint16_t* resident_half, real offset, real lse, real prob_coef, real slope,
+                         bool has_slope) {
+  constexpr int64_t w = Vec::kWidth;
+  const Vec negative_lse = Vec::set1(-lse), beta = Vec::set1(prob_coef), e = Vec::set1(slope), factor = Vec::set1(real(-t.logit_scale / t.temperature));
+  const real rescale = resident_half != nullptr ? std::exp(offset - lse) : real(0);
+  alignas(64) real lanes[w];
+  for (int64_t j = 0; j < n; j += w) {
+    Vec x, p;
+    if (resident_half != nullptr) {
+      const int64_t columns = n - j < w ? n - j : w;
+      for (int64_t q = 0; q < w; ++q) lanes[q] = q < columns ? real(std::bit_cast<float>(uint32_t(resident_half[j + q]) << 16)) : real(0);
+      p = Vec::mul(Vec::load(lanes), Vec::set1(rescale));
+      if (has_slope || t.softcap) {
+        for (int64_t q = 0; q < w; ++q) lanes[q] = lanes[q] > 0 ? std::log(lanes[q]) + offset : lse;
+        x = Vec::load(lanes);
+      }
+    } else {
+      x = Vec::load(z + j);
+      p = Vec::exp(Vec::add(x, negative_lse));
+    }
+    Vec inner = has_slope ? Vec::fma(e, x, beta) : beta;
+    Vec da = Vec::mul(Vec::mul(p, inner), factor);
+    if (t.softcap) {
+      const Vec ratio = Vec::mul(x, Vec::set1(real(t.temperature / t.softcap)));
+      da = Vec::mul(da, Vec::fma(Vec::mul(ratio, Vec::set1(-1)), ratio, Vec::set1(1)));
+    }
+    da.store(z + j);
+  }
+}
+
+inline void scale_row(real* row, int64_t n, real factor) {
+  for (int64_t j = 0; j < n; ++j) row[j] *= factor;
+}
+
+// Sums over rows of a tile, added to out: the bias gradient.
+inline void add_column_sums(const real* tile, int64_t ld, int64_t rows, int64_t n, real* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < n; ++j) out[j] += tile[r * ld + j];
+}
+
+inline constexpr Tile<real> kTile{kNR,        gemm<true>,     gemm<false>,  convert_row, pack_transposed, pack_row, finish_logits,
+                                  row_statistics, row_gradient, scale_row, add_column_sums};
+
+}  // namespace TILE_NAMESPACE

@@ -1,0 +1,128 @@
+"""Compiled CPU implementation of the fused linear log-probability: contract in linear_logprob_core.py, code in
+csrc/cpu/linear_logprob.cpp."""
+
+from __future__ import annotations
+
+import torch
+from llmcore.kernels.linear_logprob_core import ARGMAX, ENTROPY, MEAN, SUM_SQ, VOCAB_BLOCK, Gradients, Head, Statistics
+from torch import Tensor
+
+_WAVE, _ROWS, _CHUNK = 512, 96, 128  # kWave, kRows and the hidden columns of one phase-3 task
+
+
+def scratch_bytes(num_rows: int, hidden_size: int, vocab_size: int, half: bool) -> int:
+    """What one call allocates beside its results: a packed weight block, a wave of logits, a gradient block and one hidden gradient for
+    16-bit operands, per-thread tiles and per-row sums."""
+    threads = torch.get_num_threads()
+    shared = VOCAB_BLOCK * hidden_size * (2 if half else 1) + min(_WAVE, num_rows) * (VOCAB_BLOCK + 16)
+    private = threads * (_ROWS * (hidden_size + 32) + 32 * hidden_size + max(VOCAB_BLOCK, _WAVE) * _CHUNK)
+    return 4 * (shared + private + (num_rows * hidden_size if half else 0)) + 160 * num_rows
+
+
+def _operands(head: Head) -> tuple:
+    return (
+        head.hidden,
+        head.rows.contiguous(),
+        head.weight,
+        None if head.bias is None else head.bias.contiguous(),
+        head.labels.contiguous(),
+        head.vocab_start,
+        head.logit_scale,
+        head.softcap,
+        head.temperature,
+    )
+
+
+def _widened(head: Head) -> Head:
+    """The kernel takes 16-bit operands or the accumulation dtype; a float32 bias beside float64 operands is neither."""
+    if head.bias is None or head.bias.dtype in (head.stat_dtype, torch.bfloat16, torch.float16):
+        return head
+    return Head(
+        head.hidden,
+        head.rows,
+        head.weight,
+        head.bias.to(head.stat_dtype),
+        head.labels,
+        head.vocab_start,
+        head.logit_scale,
+        head.softcap,
+        head.temperature,
+    )
+
+
+def forward(head: Head, want: int, *, resident_rows: int = 0, direction: bool = False, tiles: bool = False) -> Statistics:
+    """See the contract. `tiles` (the gradient filter's block masses) is refused by the public function."""
+    assert not tiles, "the compiled backend keeps no tile masses"
+    num_rows, dtype, vocab_size = len(head.rows), head.stat_dtype, len(head.weight)
+    stats = torch.empty(6, num_rows, dtype=torch.float64)
+    argmax = torch.empty(num_rows if want & ARGMAX else 0, dtype=torch.int64)
+    resident = torch.empty(resident_rows, vocab_size, dtype=torch.bfloat16 if head.half else dtype) if resident_rows else None
+    offsets = torch.empty(resident_rows, -(-vocab_size // VOCAB_BLOCK), dtype=torch.float32) if resident_rows and head.half else None
+    kept = torch.empty(num_rows, head.weight.shape[1], dtype=dtype) if direction else None
+    torch.ops.llmcore.linear_logprob_fwd(*_operands(_widened(head)), want, stats, argmax, resident, offsets, kept)
+    # Sums stay in float64; they are relative to the maximum, which is exact in either.
+    return Statistics(
+        stats[0].to(dtype),
+        stats[1],
+        stats[2].to(dtype),
+        stats[3] if want & ENTROPY else None,
+        stats[4] if want & SUM_SQ else None,
+        stats[5] if want & MEAN else None,
+        argmax if want & ARGMAX else None,
+        resident,
+        offsets,
+        kept,
+    )
+
+
+def backward(
+    head: Head,
+    lse: Tensor,
+    target: Tensor,
+    target_coef: Tensor,
+    prob_coef: Tensor,
+    slope: Tensor | None,
+    *,
+    resident: Tensor | None = None,
+    offsets: Tensor | None = None,
+    slots: Tensor | None = None,
+    keep: Tensor | None = None,
+    need_hidden: bool = True,
+    need_weight: bool = True,
+    need_bias: bool = True,
+    grad_weight_out: Tensor | None = None,
+) -> Gradients:
+    """See the contract. `keep` (the gradient filter) is refused by the public function."""
+    assert keep is None, "the compiled backend has no gradient filter"
+    dtype = head.stat_dtype
+
+    def column(x: Tensor) -> Tensor:
+        return x.to(dtype).contiguous()
+
+    grad_hidden = torch.empty(len(head.rows), head.hidden.shape[1], dtype=dtype) if need_hidden else None
+    into = grad_weight_out
+    if need_weight and (into is None or into.stride(-1) != 1):
+        into = torch.empty(head.weight.shape, dtype=head.weight.dtype)
+    grad_bias = torch.empty(len(head.weight), dtype=dtype) if need_bias else None
+    torch.ops.llmcore.linear_logprob_bwd(
+        *_operands(_widened(head)),
+        column(lse),
+        column(target),
+        column(target_coef),
+        column(prob_coef),
+        None if slope is None else column(slope),
+        resident,
+        offsets,
+        slots,
+        grad_hidden,
+        into if need_weight else None,
+        grad_weight_out is not None and into is grad_weight_out,
+        grad_bias,
+    )
+    if grad_weight_out is not None and into is not grad_weight_out:
+        grad_weight_out += into
+    return Gradients(
+        grad_hidden,
+        into if need_weight and grad_weight_out is None else None,
+        None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype),
+    )
