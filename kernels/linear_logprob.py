@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from llmcore.kernels import backends
-from llmcore.kernels.linear_logprob_core import ARGMAX, ENTROPY, MEAN, SUM_SQ, VOCAB_BLOCK, Head, all_reduce_statistics
+from llmcore.kernels.linear_logprob_core import ARGMAX, ENTROPY, MEAN, SUM_SQ, VOCAB_BLOCK, Head, all_reduce_statistics, untouched_zeros
 from torch import Tensor
 
 # N scored rows (tokens), V vocabulary, D hidden, B sequences, T positions
@@ -605,7 +605,7 @@ def _gradients(
             grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
             grad_hidden.view(-1, hidden.shape[-1]).index_copy_(0, flat, grad_rows.to(hidden.dtype))
     if need_weight and grad_weight is None and accumulate_into is None:
-        grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        grad_weight = untouched_zeros(weight.shape, weight.dtype, weight.device)
     if need_bias and grad_bias is None:
         assert bias is not None
         grad_bias = torch.zeros_like(bias)
@@ -1054,6 +1054,7 @@ def fused_linear_logprob(
     backend: str = "auto",
     label_mask: Tensor | None = None,
     ref: tuple[Tensor, ...] | None = None,
+    detach: tuple[str, ...] = (),
 ) -> LinearLogprob:
     """Log-probability of each label under softmax(cap(logit_scale · (hidden_states · weightᵀ + bias)) / temperature).
 
@@ -1082,6 +1083,7 @@ def fused_linear_logprob(
             in rank order).
             With vocab_range alone the results are this shard's: its lse, and target_logit 0 where it does not own the label.
         backend: "auto", "cpp", "triton", "torch" or "reference".
+        detach: differentiable outputs to return without gradient: an entropy that is only logged leaves a frozen head its 2-unit path.
 
     Returns:
         LinearLogprob; every tensor has the shape of labels, float32 (float64 for float64), 0 where not scored. `.stats` says what was done.
@@ -1180,7 +1182,7 @@ def fused_linear_logprob(
     row_bytes += 4 * (-(-weight.shape[0] // VOCAB_BLOCK)) if half else 0
     scratch = 0 if compiling else _implementation(served_by).scratch_bytes(num_rows, hidden_states.shape[-1], weight.shape[0], half)
     differentiates = need_hidden or need_weight or need_bias
-    direction = need_hidden and not need_weight and not need_bias and "entropy" not in outputs
+    direction = need_hidden and not need_weight and not need_bias and ("entropy" not in outputs or "entropy" in detach)
     capacity = 0
     if differentiates and not direction and mode != "recompute":
         limit = memory_budget if memory_budget is not None else AUTO_BUDGET if mode == "auto" else None
@@ -1235,7 +1237,7 @@ def fused_linear_logprob(
         )[0]
 
     def asked(name: str, value: Tensor) -> Tensor | None:
-        return None if name not in outputs else value if name in DIFFERENTIABLE else value.detach()
+        return None if name not in outputs else value if name in DIFFERENTIABLE and name not in detach else value.detach()
 
     return LinearLogprob(
         asked("logp", logp),

@@ -235,7 +235,8 @@ class PairLoss:
 
     def __call__(self, lw: torch.Tensor, ll: torch.Tensor, rw: torch.Tensor | None = None, rl: torch.Tensor | None = None,
                  nw: torch.Tensor | None = None, nl: torch.Tensor | None = None, *, weights: torch.Tensor | None = None,
-                 nll_logp: torch.Tensor | None = None, nll_count: torch.Tensor | None = None) -> LossOutput:
+                 nll_logp: torch.Tensor | None = None, nll_count: torch.Tensor | None = None,
+                 num_pairs: int | None = None, num_tokens: int | torch.Tensor | None = None) -> LossOutput:
         """Evaluate a batch of pairs.
 
         Args:
@@ -245,6 +246,8 @@ class PairLoss:
             weights: (P,) detached factor on each pair's loss (WPO, see `wpo_weights`); the sum is divided by P, not by their sum.
             nll_logp, nll_count: (P,) log-probability and token count of the chosen sequences that the NLL term averages over, for
                 ORPO and CPO with `nll_over="all"`.
+            num_pairs, num_tokens: normalisers when this is a part of a larger batch (a micro-batch, a rank, a block): the pairs and the
+                tokens of NLL terms in all of it. The losses of the parts then add up to the loss of the whole.
 
         Raises:
             ValueError: a shape does not match, or an input that this loss needs is missing. TypeError: not a tensor.
@@ -263,14 +266,14 @@ class PairLoss:
         nw, nl = (torch.ones_like(lw) if n is None else _vector(label, n, lw) for label, n in (("nw", nw), ("nl", nl)))
         lw_, ll_, rw_, rl_, nw_, nl_ = (t.detach().to(work) for t in (lw, ll, rw, rl, nw, nl))
         nw_, nl_ = nw_.clamp(min=1), nl_.clamp(min=1)
-        num_pairs = max(lw.numel(), 1)
+        num_pairs = max(lw.numel() if num_pairs is None else num_pairs, 1)
         pairs = Pairs(lw_, ll_, nw_, nl_, lw_ - rw_ if self.needs_reference else lw_, ll_ - rl_ if self.needs_reference else ll_)
 
         terms, c_rw, c_rl = self._evaluate(pairs, rw_, rl_)
         value, c_w, c_l = terms.value, terms.c_w, terms.c_l
         nll_input, c_nll = None, None
         if self.nll_weight > 0:
-            share, nll_input = self._nll_share(lw_, nw, nll_logp, nll_count, num_pairs, work)
+            share, nll_input = self._nll_share(lw_, nw, nll_logp, nll_count, num_pairs, num_tokens, work)
             logp = lw_ if nll_input is None else nll_input.detach().to(work)
             value = value - share * logp
             if nll_input is None:
@@ -293,7 +296,7 @@ class PairLoss:
         return LossOutput(per_pair.sum() / num_pairs, per_pair, reported, c_l, scale * (lw_ - rw_), scale * (ll_ - rl_),
                           c_w / num_pairs, c_l / num_pairs, clamped, self.name)
 
-    def _nll_share(self, lw, nw, nll_logp, nll_count, num_pairs, work):
+    def _nll_share(self, lw, nw, nll_logp, nll_count, num_pairs, num_tokens, work):
         """P x weight / tokens: a chosen sequence's part of P x mean NLL per unit of log-probability."""
         if getattr(self, "nll_over", "completion") == "all":
             if nll_logp is None or nll_count is None:
@@ -304,7 +307,13 @@ class PairLoss:
             raise ValueError("nll_logp is only read with nll_over='all'")
         else:
             counts = nw
-        return self.nll_weight * num_pairs / counts.to(work).sum().clamp(min=1), nll_logp
+        tokens = counts.to(work).sum() if num_tokens is None else torch.as_tensor(num_tokens, device=lw.device).to(work)
+        return self.nll_weight * num_pairs / tokens.clamp(min=1), nll_logp
+
+    @staticmethod
+    def combined(terms: Sequence[tuple[PairLoss, float]]) -> Combine:
+        """The weighted sum of `terms`; how a kernel that knows no loss class joins a list of (loss, weight)."""
+        return Combine(terms)
 
 
 @dataclass(frozen=True)
@@ -733,8 +742,8 @@ class KTO:
 
     z0 = max(0, mean log-ratio of mismatched completions over the global batch), detached: see `kto_baseline`; without such examples z0 = 0.
     Called as `loss(lw, ll, rw, rl, nw, nl, z0=...)` the first list holds the desirable examples and the second the undesirable ones; the
-    two may have different lengths, also 0. The batch loss is the sum over all examples divided by their number (`num_examples` when other
-    ranks hold more).
+    two may have different lengths, also 0. The batch loss is the sum over all examples divided by their number (`num_pairs` when this is
+    a part of a larger batch).
     """
 
     beta: float = 0.1
@@ -768,7 +777,7 @@ class KTO:
 
     def __call__(self, lw: torch.Tensor, ll: torch.Tensor, rw: torch.Tensor, rl: torch.Tensor, nw: torch.Tensor | None = None,
                  nl: torch.Tensor | None = None, *, z0: torch.Tensor | float = 0.0, weights: torch.Tensor | None = None,
-                 num_examples: int | None = None) -> LossOutput:
+                 num_pairs: int | None = None) -> LossOutput:
         if weights is not None:
             raise ValueError(f"weights (WPO) are defined for pairs, not for {self.name}")
         if rw is None or rl is None:
@@ -789,7 +798,7 @@ class KTO:
         value_w, c_w = side(lw, rw, 1.0, self.desirable_weight)
         value_l, c_l = side(ll, rl, -1.0, self.undesirable_weight)
         per_example = torch.cat([_Attach.apply(value_w, c_w, -c_w, lw, rw), _Attach.apply(value_l, c_l, -c_l, ll, rl)])
-        count = max(per_example.numel() if num_examples is None else num_examples, 1)
+        count = max(per_example.numel() if num_pairs is None else num_pairs, 1)
         rewards = self.beta * (lw - rw).detach().to(work), self.beta * (ll - rl).detach().to(work)
         return LossOutput(per_example.sum() / count, per_example, c_w, c_l, *rewards, c_w / count, c_l / count,
                           torch.zeros((), dtype=torch.int64, device=lw.device), self.name)
@@ -881,17 +890,18 @@ class Combine:
     def __repr__(self) -> str:
         return f"Combine({list(self.terms)!r})"
 
-    def __call__(self, lw, ll, rw=None, rl=None, nw=None, nl=None, *, weights=None, nll_logp=None, nll_count=None) -> LossOutput:
+    def __call__(self, lw, ll, rw=None, rl=None, nw=None, nl=None, *, weights=None, nll_logp=None, nll_count=None, num_pairs=None,
+                 num_tokens=None) -> LossOutput:
         outs = []
         for loss, _ in self.terms:
             extra = {"nll_logp": nll_logp, "nll_count": nll_count} if getattr(loss, "nll_over", "") == "all" else {}
-            outs.append(loss(lw, ll, rw, rl, nw, nl, weights=weights, **extra))
+            outs.append(loss(lw, ll, rw, rl, nw, nl, weights=weights, num_pairs=num_pairs, num_tokens=num_tokens, **extra))
         factors = [weight for _, weight in self.terms]
 
         def total(attribute):
             return sum(f * getattr(o, attribute) for f, o in zip(factors, outs, strict=True))
 
-        num_pairs, first = max(lw.numel(), 1), outs[0]
+        num_pairs, first = max(lw.numel() if num_pairs is None else num_pairs, 1), outs[0]
         grad_w, grad_l = total("grad_w"), total("grad_l")
         return LossOutput(total("loss"), total("per_pair"), grad_w * num_pairs, grad_l * num_pairs, *first.rewards, grad_w, grad_l,
                           torch.stack([o.clamped for o in outs]).sum(), self.name)
