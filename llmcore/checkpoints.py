@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from llmcore import gguf
-from llmcore.files import CheckpointError, CountedFile
+from llmcore.files import CheckpointError, CountedFile, short
 
 __all__ = ["CheckpointError", "CheckpointReader", "MissingFile", "MissingTensor"]
 
@@ -163,13 +163,17 @@ class CheckpointReader:
         dtype None: the stored type where torch has it; float32 for quantised blocks and for 8-bit floats (multiplied by their scales).
         """
         stored, entry = self._entry(name)
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=dtype or self._torch_dtype(entry))
         return self._rows(name, stored, entry, [(0, entry.shape[0] if entry.shape else 1)], None, dtype).reshape(entry.shape)
 
     def slice(self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows [start, stop) of the first dimension."""
         stored, entry = self._entry(name)
         if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
-            raise ValueError(f"{entry.file.path}: tensor {name!r}: rows [{start}, {stop}) are not inside shape {entry.shape}")
+            raise ValueError(f"{entry.file.path}: tensor {short(name)}: rows [{start}, {stop}) are not inside shape {entry.shape}")
+        if not entry.nbytes:
+            return torch.empty((stop - start, *entry.shape[1:]), dtype=dtype or self._torch_dtype(entry))
         if name in self._aliases and self._interleaved(stored):
             return self.rows(name, np.arange(start, stop), dtype=dtype)
         return self._rows(name, stored, entry, [(start, stop)], None, dtype)
@@ -184,10 +188,10 @@ class CheckpointReader:
         if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
             raise TypeError(f"ids must be a 1-D sequence of integers, got {wanted.dtype} of shape {wanted.shape}")
         if not entry.shape:
-            raise ValueError(f"{entry.file.path}: tensor {name!r} is a scalar and has no rows")
+            raise ValueError(f"{entry.file.path}: tensor {short(name)} is a scalar and has no rows")
         num_rows = entry.shape[0]
         if wanted.size and (int(wanted.min()) < 0 or int(wanted.max()) >= num_rows):
-            raise ValueError(f"ids must lie in [0, {num_rows}) for tensor {name!r} of {entry.file.path}, "
+            raise ValueError(f"ids must lie in [0, {num_rows}) for tensor {short(name)} of {entry.file.path}, "
                              f"got {int(wanted.min())} to {int(wanted.max())}")
         wanted = wanted.astype(np.int64)
         if name in self._aliases and (heads := self._interleaved(stored)):
@@ -207,12 +211,12 @@ class CheckpointReader:
         """Read the row spans, pick `positions` among the rows read (None: all, in order), scale, turn into `dtype`."""
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype or None, got {type(dtype).__name__}")
-        native = _GGUF_DTYPES.get(entry.dtype) if self.format == "gguf" else _DTYPES[entry.dtype][0]
+        native = self._native_dtype(entry)
         if native is None and self.format == "safetensors":
-            raise CheckpointError(f"{entry.file.path}: tensor {stored!r}: dtype {entry.dtype} cannot be read")
+            raise CheckpointError(f"{entry.file.path}: tensor {short(stored)}: dtype {entry.dtype} cannot be read")
         scale = self._scale(stored, entry)
         target = torch.float32 if scale is not None or native is None else (dtype or native)
-        values = _span_values(entry, spans, native, target, f"tensor {stored!r}")
+        values = _span_values(entry, spans, native, target, f"tensor {short(stored)}")
         if positions is None and name in self._aliases and (heads := self._interleaved(stored)):
             positions = gguf.huggingface_rows(np.arange(len(values)), len(values), heads)
         if positions is not None and not np.array_equal(positions, np.arange(len(values))):
@@ -220,15 +224,22 @@ class CheckpointReader:
         if scale is not None:
             ids = np.concatenate([np.arange(start, stop) for start, stop in spans]) if spans else np.empty(0, dtype=np.int64)
             values = _apply_scale(values, scale, torch.from_numpy(ids if positions is None else ids[positions]), entry, self._block_shape(),
-                                  f"{entry.file.path}: tensor {stored!r}")
+                                  f"{entry.file.path}: tensor {short(stored)}")
         return values if dtype is None else values.to(dtype)
+
+    def _native_dtype(self, entry: _Entry) -> torch.dtype | None:
+        """The torch dtype of the stored bytes; None for blocks and for formats that torch lacks."""
+        return _GGUF_DTYPES.get(entry.dtype) if self.format == "gguf" else _DTYPES[entry.dtype][0]
+
+    def _torch_dtype(self, entry: _Entry) -> torch.dtype:
+        return torch.float32 if entry.dtype in _SCALED else self._native_dtype(entry) or torch.float32
 
     def _interleaved(self, stored: str) -> int:
         """Heads of a rotary-interleaved tensor (0 for others); checked once against the rows it has."""
         heads = gguf.interleaved_heads(self.config.get("model_type", ""), stored, self.config)
         rows = self._entries[stored].shape[0] if self._entries[stored].shape else 0
         if heads and rows % (2 * heads):
-            raise CheckpointError(f"{self.path}: tensor {stored!r}: {rows} rows are not {heads} heads of even size")
+            raise CheckpointError(f"{self.path}: tensor {short(stored)}: {rows} rows are not {heads} heads of even size")
         return heads
 
     def _scale(self, stored: str, entry: _Entry) -> torch.Tensor | None:
@@ -241,20 +252,20 @@ class CheckpointReader:
                 return self.read(name, dtype=torch.float32)
         if len(entry.shape) < 2 or self._unscaled_fp8 == "one":
             return None
-        raise CheckpointError(f"{entry.file.path}: tensor {stored!r}: {entry.dtype} weights without a scale "
+        raise CheckpointError(f"{entry.file.path}: tensor {short(stored)}: {entry.dtype} weights without a scale "
                               f"(looked for {', '.join(tried)}); pass unscaled_fp8='one' if the stored numbers are the weights")
 
     def _block_shape(self) -> tuple[int, int]:
         quantisation = self.config.get("quantization_config")
         block = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
-        if isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block):
+        if isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b < 1 << 31 for b in block):
             return block[0], block[1]
         return 128, 128
 
     def _entry(self, name: str) -> tuple[str, _Entry]:
         stored = name if name in self._entries else self._aliases.get(name)
         if stored is None:
-            raise MissingTensor(f"{self.path}: no tensor {name!r} among {len(self._entries)}{_similar(name, self._entries)}")
+            raise MissingTensor(f"{self.path}: no tensor {short(name)} among {len(self._entries)}{_similar(name, self._entries)}")
         return stored, self._entries[stored]
 
     # What is below finds the files and parses headers.
@@ -322,13 +333,14 @@ class CheckpointReader:
             raise CheckpointError(f"{path}: weight_map: must be an object of tensor names to file names")
         shards: dict[str, list[str]] = {}
         for name, file in weight_map.items():
-            if not isinstance(file, str) or not file.endswith(".safetensors") or file != Path(file).name or "\\" in file or "\0" in file:
-                raise CheckpointError(f"{path}: weight_map[{_short(name)}]: must be the name of a .safetensors file in the same directory, "
-                                      f"got {_short(file)}")
+            if (not isinstance(file, str) or not file.endswith(".safetensors") or file != Path(file).name or not file.isprintable()
+                    or "\\" in file):
+                raise CheckpointError(f"{path}: weight_map[{short(name)}]: must be the name of a .safetensors file in the same directory, "
+                                      f"got {short(file)}")
             shards.setdefault(file, []).append(name)
         for file, names in shards.items():
-            if not (path.parent / file).exists():
-                raise MissingFile(f"{path}: weight_map: shard {_short(file)} is missing; it should hold {_short(names[0])} "
+            if not _exists(path.parent / file):
+                raise MissingFile(f"{path}: weight_map: shard {short(file)} is missing; it should hold {short(names[0])} "
                                   f"and {len(names) - 1} more")
             self._add_safetensors(_inside(path.parent, file, path.parent), set(names))
 
@@ -338,11 +350,11 @@ class CheckpointReader:
         entries = _safetensors_header(file)
         if wanted is not None:
             if absent := sorted(wanted - entries.keys()):
-                raise MissingTensor(f"{path}: tensor {_short(absent[0])}: the index says it is in this shard, its header does not have it")
+                raise MissingTensor(f"{path}: tensor {short(absent[0])}: the index says it is in this shard, its header does not have it")
             entries = {name: entry for name, entry in entries.items() if name in wanted}
         for name in entries:
             if name in self._entries:
-                raise CheckpointError(f"{path}: tensor {_short(name)}: also in {self._entries[name].file.path}")
+                raise CheckpointError(f"{path}: tensor {short(name)}: also in {self._entries[name].file.path}")
         self._entries.update(entries)
 
     def _open_gguf(self, path: Path) -> None:
@@ -384,7 +396,7 @@ class CheckpointReader:
         except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{path}: not valid JSON: {_short(str(error))}") from None
+            raise CheckpointError(f"{path}: not valid JSON: {short(str(error))}") from None
         finally:
             file.close()
         if not isinstance(value, dict):
@@ -414,33 +426,35 @@ def _safetensors_header(file: CountedFile) -> dict[str, _Entry]:
             if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
                 raise fail("__metadata__", "must be an object of strings")
             continue
-        field = f"tensor {_short(name)}"
+        field = f"tensor {short(name)}"
         if name in entries:
             raise fail(field, "occurs twice")
         if set(record) != {"dtype", "shape", "data_offsets"}:
-            raise fail(field, f"must have dtype, shape and data_offsets, got {_short(', '.join(record))}")
+            raise fail(field, f"must have dtype, shape and data_offsets, got {short(', '.join(record))}")
         dtype, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise fail(f"{field} dtype", f"{_short(dtype)} is not one of {', '.join(_DTYPES)}")
+            raise fail(f"{field} dtype", f"{short(dtype)} is not one of {', '.join(_DTYPES)}")
         if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
-            raise fail(f"{field} shape", f"must be at most {_MAX_DIMENSIONS} non-negative 64-bit integers, got {_short(shape)}")
+            raise fail(f"{field} shape", f"must be at most {_MAX_DIMENSIONS} non-negative 64-bit integers, got {short(shape)}")
         if (not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets)
                 or not 0 <= offsets[0] <= offsets[1]):
-            raise fail(f"{field} data_offsets", f"must be two ascending offsets, got {_short(offsets)}")
+            raise fail(f"{field} data_offsets", f"must be two ascending offsets, got {short(offsets)}")
         if offsets[1] > data_bytes:
-            raise fail(f"{field} data_offsets", f"end at {_short(offsets[1])}, the file holds {data_bytes} bytes of data (truncated?)")
+            raise fail(f"{field} data_offsets", f"end at {short(offsets[1])}, the file holds {data_bytes} bytes of data (truncated?)")
+        if math.prod(max(n, 1) for n in shape) >= 1 << 63:  # even an empty tensor must have countable rows
+            raise fail(f"{field} shape", f"{short(shape)} overflows 64 bits")
         bits = math.prod(shape) * _DTYPES[dtype][1]
         if bits != 8 * (offsets[1] - offsets[0]):
-            raise fail(f"{field} shape", f"{_short(shape)} of {dtype} needs {_short(bits / 8 if bits % 8 else bits // 8)} bytes, "
+            raise fail(f"{field} shape", f"{short(shape)} of {dtype} needs {short(bits / 8 if bits % 8 else bits // 8)} bytes, "
                        f"data_offsets give {offsets[1] - offsets[0]}")
         entries[sys.intern(name)] = _Entry(file, dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
     end, last = data_start, "header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
             what = "overlaps" if entry.offset < end else "leaves a hole after"
-            raise fail(f"tensor {_short(name)} data_offsets",
+            raise fail(f"tensor {short(name)} data_offsets",
                        f"start at {entry.offset - data_start}, which {what} {last} (end {end - data_start})")
-        end, last = entry.offset + entry.nbytes, f"tensor {_short(name)}"
+        end, last = entry.offset + entry.nbytes, f"tensor {short(name)}"
     if end != file.size:
         raise fail("data", f"{file.size - end} bytes at the end belong to no tensor")
     return entries
@@ -477,12 +491,12 @@ def _flat_records(text: str, fail: Any, *, limit: int) -> Iterable[tuple[str, di
         try:
             name = json.loads(key[0])
             if record is None or (record.end() - start > limit and name != "__metadata__"):
-                raise fail(f"tensor {_short(name)}", f"record at character {start} is not a flat object of at most {limit} characters")
+                raise fail(f"tensor {short(name)}", f"record at character {start} is not a flat object of at most {limit} characters")
             value = {} if record.end() - start > limit else json.loads(record[0], object_pairs_hook=_unique_pairs)
         except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise fail("header", f"malformed JSON at character {position}: {_short(str(error))}") from None
+            raise fail("header", f"malformed JSON at character {position}: {short(str(error))}") from None
         yield name, value
         position = skip(record.end())
         if text.startswith("}", position) and skip(position + 1) == len(text):
@@ -497,8 +511,15 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {_short(twice)} occurs twice")
+        raise ValueError(f"key {short(twice)} occurs twice")
     return value
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that the file system cannot hold
+        return False
 
 
 def _inside(folder: Path, name: str, label: Path) -> Path:
@@ -592,19 +613,7 @@ def _apply_scale(values: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor, e
                           f"nor blocks of {block}")
 
 
-def _short(value: Any, limit: int = 120) -> str:
-    """repr for a message, cut: names and numbers in a hostile file can be megabytes long."""
-    if isinstance(value, int) and value.bit_length() > 256:
-        return "a number beyond 2**256"
-    if isinstance(value, list):
-        value = value[:16]
-        if any(isinstance(item, int) and item.bit_length() > 256 for item in value):
-            return "a list with a number beyond 2**256"
-    text = repr(value[:limit] if isinstance(value, str) else value)
-    return text if len(text) <= limit + 8 else text[:limit] + "..."
-
-
 def _similar(name: str, names: Iterable[str]) -> str:
     tail = name.rsplit(".", 2)[-2:]
     close = next((other for other in names if other.rsplit(".", 2)[-2:] == tail), None)
-    return f" (there is {close!r})" if close else ""
+    return f" (there is {short(close)})" if close else ""

@@ -162,6 +162,18 @@ class CountedFile:
 _REQUEST_BYTES = 8 << 20
 
 
+def short(value: Any, limit: int = 120) -> str:
+    """repr for a message, cut: names and numbers in a hostile file can be megabytes long."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number beyond 2**256"
+    if isinstance(value, list):
+        value = value[:16]
+        if any(isinstance(item, int) and item.bit_length() > 256 for item in value):
+            return "a list with a number beyond 2**256"
+    text = repr(value[:limit] if isinstance(value, str) else value)
+    return text if len(text) <= limit + 8 else text[:limit] + "..."
+
+
 def _umask() -> int:
     """The process umask; mkstemp ignores it, and a cache shared by a group must not end up private."""
     current = os.umask(0)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llmcore.files import CheckpointError, CountedFile
+from llmcore.files import CheckpointError, CountedFile, short
 
 # type number -> (name, weights per block, bytes per block)
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -127,42 +127,46 @@ def read_header(file: CountedFile) -> GGUFHeader:
     for index in range(num_pairs):
         key = cursor.string(f"metadata key {index}", _MAX_NAME_BYTES)
         if key in metadata:
-            raise cursor.fail(f"metadata {key!r}", "occurs twice")
-        metadata[key] = cursor.value(cursor.scalar("I", f"metadata {key!r} type"), f"metadata {key!r}")
+            raise cursor.fail(f"metadata {short(key)}", "occurs twice")
+        metadata[key] = cursor.value(cursor.scalar("I", f"metadata {short(key)} type"), f"metadata {short(key)}")
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment <= 0 or alignment % 8:
-        raise cursor.fail("metadata 'general.alignment'", f"must be a positive multiple of 8, got {alignment!r}")
+        raise cursor.fail("metadata 'general.alignment'", f"must be a positive multiple of 8, got {short(alignment)}")
 
     records: dict[str, tuple[list[int], int, int]] = {}
     for index in range(num_tensors):
         name = cursor.string(f"tensor name {index}", _MAX_NAME_BYTES)
         if name in records:
-            raise cursor.fail(f"tensor {name!r}", "occurs twice")
-        num_dims = cursor.scalar("I", f"tensor {name!r} dimension count")
+            raise cursor.fail(f"tensor {short(name)}", "occurs twice")
+        num_dims = cursor.scalar("I", f"tensor {short(name)} dimension count")
         if num_dims > _MAX_DIMENSIONS:
-            raise cursor.fail(f"tensor {name!r} dimension count", f"{num_dims}, at most {_MAX_DIMENSIONS}")
-        dims = [cursor.scalar("Q", f"tensor {name!r} dimension {axis}") for axis in range(num_dims)]
-        records[name] = dims, cursor.scalar("I", f"tensor {name!r} type"), cursor.scalar("Q", f"tensor {name!r} offset")
+            raise cursor.fail(f"tensor {short(name)} dimension count", f"{num_dims}, at most {_MAX_DIMENSIONS}")
+        dims = [cursor.scalar("Q", f"tensor {short(name)} dimension {axis}") for axis in range(num_dims)]
+        records[name] = dims, cursor.scalar("I", f"tensor {short(name)} type"), cursor.scalar("Q", f"tensor {short(name)} offset")
     data_start = -(-cursor.position // alignment) * alignment
 
     tensors: dict[str, GGUFTensor] = {}
     for name, (dims, kind, offset) in records.items():
         if kind not in TYPES:
-            raise cursor.fail(f"tensor {name!r} type", f"{UNSUPPORTED.get(kind, 'unknown')} (number {kind}) cannot be de-quantised here; "
-                              f"supported: {', '.join(BLOCKS)}")
+            raise cursor.fail(f"tensor {short(name)} type", f"{UNSUPPORTED.get(kind, 'unknown')} (number {kind}) cannot be de-quantised "
+                              f"here; supported: {', '.join(BLOCKS)}")
         type_name, block, block_bytes = TYPES[kind]
         if (dims[0] if dims else 1) % block:
-            raise cursor.fail(f"tensor {name!r}", f"rows of {dims[0] if dims else 1} weights are not whole {type_name} blocks of {block}")
+            raise cursor.fail(f"tensor {short(name)}",
+                              f"rows of {dims[0] if dims else 1} weights are not whole {type_name} blocks of {block}")
+        if math.prod(max(dim, 1) for dim in dims) >= 1 << 63:
+            raise cursor.fail(f"tensor {short(name)}", f"dimensions {dims} overflow 64 bits")
         nbytes = math.prod(dims) // block * block_bytes
         if offset % alignment:
-            raise cursor.fail(f"tensor {name!r} offset", f"{offset} is not a multiple of the alignment {alignment}")
+            raise cursor.fail(f"tensor {short(name)} offset", f"{offset} is not a multiple of the alignment {alignment}")
         if data_start + offset + nbytes > size:
-            raise cursor.fail(f"tensor {name!r}", f"{nbytes} bytes at {data_start + offset} end beyond the file's {size} bytes")
+            raise cursor.fail(f"tensor {short(name)}",
+                              f"{nbytes} bytes at {data_start + offset} end beyond the file's {size} bytes")
         tensors[name] = GGUFTensor(name, type_name, tuple(reversed(dims)), data_start + offset, nbytes)
     end, last = 0, ""
     for tensor in sorted(tensors.values(), key=lambda t: t.offset):
         if tensor.nbytes and tensor.offset < end:
-            raise cursor.fail(f"tensor {tensor.name!r} offset", f"{tensor.offset} overlaps tensor {last!r}, which ends at {end}")
+            raise cursor.fail(f"tensor {short(tensor.name)} offset", f"{tensor.offset} overlaps tensor {short(last)}, which ends at {end}")
         if tensor.nbytes:
             end, last = tensor.offset + tensor.nbytes, tensor.name
     return GGUFHeader(metadata, tensors, cursor.position)
@@ -377,13 +381,13 @@ def huggingface_config(header: GGUFHeader, label: str) -> dict[str, Any]:
     meta = header.metadata
     architecture = meta.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise CheckpointError(f"{label}: metadata 'general.architecture': {architecture!r} is not supported, "
+        raise CheckpointError(f"{label}: metadata 'general.architecture': {short(architecture)} is not supported, "
                          f"{', '.join(ARCHITECTURES)} are; save the model as safetensors and pass that directory")
 
     def get(key: str, kind: type[int] | type[float], default: Any = None) -> Any:
         value: Any = meta.get(f"{architecture}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or value <= 0:
-            raise CheckpointError(f"{label}: metadata '{architecture}.{key}': expected a positive {kind.__name__}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or not 0 < value < 1 << 62:
+            raise CheckpointError(f"{label}: metadata '{architecture}.{key}': expected a positive {kind.__name__}, got {short(value)}")
         # Single-precision metadata such as 9.999999747378752e-06 is written as the number it stands for, 1e-05.
         return float(str(np.float32(value))) if kind is float else value
 

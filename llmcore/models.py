@@ -139,6 +139,14 @@ def load_model(name_or_path: str | os.PathLike = EMBEDDED, *, device: str | torc
     return LanguageModel(model, tokenizer, device, next(model.parameters()).dtype, name, source, stop_ids, pad_id)
 
 
+def checkpoint_directory(name_or_path: str | os.PathLike) -> Path:
+    """The local safetensors directory of "smollm2", of a .gguf file (converted once), or of a directory; a hub id is refused."""
+    source, local = _resolve(os.fspath(name_or_path))
+    if not local:
+        raise ValueError(f"{source!r} is a hub id; download the model and pass its directory")
+    return Path(source)
+
+
 def embedded_path() -> Path:
     """The safetensors directory of the embedded model, converted now if it was not yet."""
     return convert_gguf(_embedded_gguf())

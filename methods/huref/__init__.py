@@ -1,0 +1,1 @@
+"""HuRef: weight-lineage fingerprints for language models (Zeng et al., NeurIPS 2024)."""
