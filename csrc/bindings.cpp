@@ -7,6 +7,9 @@
 
 STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def("extension_info() -> int");
+  m.def("zeroth_order_directions(Tensor seeds, int num_directions, int dim, int kind, bool double_precision) -> Tensor");
+  m.def("zeroth_order_perturb(Tensor embeddings, Tensor token_mask, Tensor directions, float smoothing, Tensor(a!) out) -> ()");
+  m.def("zeroth_order_combine(Tensor seeds, Tensor coefficients, int dim, int kind, bool want_gradient) -> (Tensor, Tensor)");
   m.def(
       "linear_logprob_fwd(Tensor hidden, Tensor rows, Tensor weight, Tensor? bias, Tensor labels, int vocab_start, float logit_scale, "
       "float softcap, float temperature, int want, Tensor(a!) stats, Tensor(b!) argmax, Tensor(c!)? resident, Tensor(d!)? offsets, "

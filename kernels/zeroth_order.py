@@ -34,7 +34,7 @@ QUERY_STREAM = 0x47435131
 SAMPLE_STREAM = 0x47435331
 _MASK = 0xFFFFFFFF
 
-backends.declare("zeroth_order", torch=None)
+backends.declare("zeroth_order", torch=None, cpp="llmcore::zeroth_order_perturb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _perturb_into(embeddings: torch.Tensor, token_mask: torch.Tensor, seeds: tor
     elif backend == "torch":
         _perturb_torch(embeddings, token_mask, table, smoothing, out)
     else:
-        torch.ops.llmcore.zeroth_order_perturb(embeddings, token_mask, table, smoothing, out)
+        torch.ops.llmcore.zeroth_order_perturb(embeddings, token_mask.contiguous(), table.contiguous(), smoothing, out)
 
 
 @torch.library.custom_op("llmcore::perturb_embeddings", mutates_args=())
