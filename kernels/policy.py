@@ -28,9 +28,11 @@ from torch import Tensor
 
 @dataclasses.dataclass
 class PolicyResult:
-    """`loss` () is differentiable; the rest is detached. logp_mean (B,) per-token mean log-probability of each row, coef (B,) (for token
-    ratios: shape of labels) d loss / d logp_mean, ratio like coef, clip_fraction () share of ratios outside the clip range among the sample rows,
-    counts (B,) scored tokens, stats: see linear_logprob.Stats."""
+    """`loss` () is differentiable; the rest is detached.
+
+    logp_mean (B,): per-token mean log-probability of each row. coef, ratio (B,), for token ratios the shape of labels: d loss / d logp_mean
+    and ρ. clip_fraction (): share of the sample rows' ratios outside the clip range. counts (B,): scored tokens. stats: what was done.
+    """
 
     loss: Tensor
     logp_mean: Tensor
