@@ -300,7 +300,7 @@ def _blocked_bwd(
 
 
 @torch.library.custom_op("llmcore::attention_lse_fwd", mutates_args=())
-def _attention_fwd(
+def attention_lse_fwd(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -352,13 +352,13 @@ def _attention_fwd(
     return output.contiguous(), lse.contiguous()
 
 
-@_attention_fwd.register_fake
+@attention_lse_fwd.register_fake
 def _(query, key, value, scale, causal, q_offset, window, softcap, sinks, key_mask, cu_seqlens_q, cu_seqlens_k, blocked):
     return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulation(query.dtype))
 
 
 @torch.library.custom_op("llmcore::attention_lse_bwd", mutates_args=())
-def _attention_bwd(
+def attention_lse_bwd(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -416,7 +416,7 @@ def _attention_bwd(
     return (*(t.contiguous() for t in grads), dsinks)
 
 
-@_attention_bwd.register_fake
+@attention_lse_bwd.register_fake
 def _(grad, query, key, value, output, lse, scale, causal, q_offset, window, softcap, sinks, key_mask, cu_seqlens_q, cu_seqlens_k, blocked):
     dsinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return (*(t.new_empty(t.shape) for t in (query, key, value)), dsinks)
@@ -435,11 +435,11 @@ def _backward(ctx, grad, _):
     query, key, value, output, lse, *tensors = ctx.saved_tensors
     rest = iter(tensors)
     options = [next(rest) if there else plain for there, plain in zip(ctx.where, ctx.plain, strict=True)]
-    dq, dk, dv, dsinks = _attention_bwd(grad, query, key, value, output, lse, *options)
+    dq, dk, dv, dsinks = attention_lse_bwd(grad, query, key, value, output, lse, *options)
     return (dq, dk, dv, None, None, None, None, None, dsinks if options[5] is not None else None, None, None, None, None)
 
 
-_attention_fwd.register_autograd(_backward, setup_context=_setup)
+attention_lse_fwd.register_autograd(_backward, setup_context=_setup)
 
 
 def attention_with_lse(
@@ -484,7 +484,7 @@ def attention_with_lse(
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if window is not None and causal and q_offset is None and window >= key.shape[2]:
         window = None  # it hides nothing, and the flash kernels serve the call
-    return _attention_fwd(
+    return attention_lse_fwd(
         query, key, value, float(scale), causal, q_offset, window, softcap, sinks, key_mask, cu_seqlens_q, cu_seqlens_k, backend == "torch"
     )
 

@@ -1,0 +1,798 @@
+"""Attention saliency of a whole decoder: one forward, one backward, every layer's and head's flow between named segments.
+
+`FlowRecorder` replaces the model's attention function, through transformers' AttentionInterface, by one that keeps (q, k, v, o, lse) and
+in the backward
+hands do = dL/do to `llmcore.kernels.saliency_flow`. No attention matrix exists at any time, so memory is that of flash attention. Row i of
+attention is the
+reader: the flow from "question" to "prompt" sums rows of the prompt over columns of the question.
+
+Which scalar L: with z the logits at the position that predicts token y and p = softmax(z),
+
+    "ce"             -log p_y, the papers' choice. It fades as the model gets sure:  I_ce = (1 - p_y) · I_margin, entry by entry
+    "margin"         z_y - log Σ_{v≠y} exp z_v, does not fade and ignores a shift common to all logits
+    "logit"          z_y
+    "ce_restricted"  cross-entropy over a given candidate set (options A-E, label words)
+
+For one target the margin is what goes backward; 1 - p_y multiplies the bins afterwards, so that nothing underflows when the model is sure.
+L is summed over
+the batch: rows do not interact, so one backward gives every sequence its own saliency.
+
+Exactness of a cached prefix: a gradient at row i never passes through rows < i, so flows into row segments behind the prefix need it only
+as constants.
+Cost: the model's forward and activation-only backward, plus 2·n²·d·H FLOP a layer. The model is left as found, whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcore.kernels.attention_lse import attention_lse_bwd, attention_with_lse
+from llmcore.kernels.saliency_flow import KINDS, OUTPUTS, SaliencyFlow, saliency_flow
+from llmcore.kernels.visibility import pair_counts, visible_ranges
+
+# B batch, L recorded layers, H query heads, n tokens, S segments, P prefix tokens, T targets
+
+LOSSES = ("ce", "margin", "logit", "ce_restricted")
+Spans = Sequence[tuple[int, int]] | tuple[int, int]
+
+_NAME = "llmcore_saliency_flow"
+_lock = threading.RLock()  # one recorder runs at a time: the attention function finds it in `_active`, also from autograd's device threads
+_active: FlowRecorder | None = None
+
+# Keywords that reach the attention function and do not change what it computes. Any other, when it is set, is an error: a function that
+# swallows what it
+# does not know (sinks, a position bias, a chunk size) returns wrong logits without a word.
+_HARMLESS = frozenset(
+    {
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "output_hidden_states",
+        "output_router_logits",
+        "num_items_in_batch",
+        "max_length_q",
+        "max_length_k",
+        "return_dict",
+        "past_key_values",
+        "layer_idx",
+        "logits_to_keep",
+        "seq_idx",
+    }
+)
+
+
+def estimate_memory(model: Any, num_tokens: int, batch: int = 1) -> dict[str, int]:
+    """Bytes of a saliency pass, before running it.
+
+    Returns: weights; activations (kept for the backward: about 6 hidden + 4 intermediate numbers a token and layer, and q, k, v, o, lse);
+        flow (packed
+    key and value of one layer); total; eager_attention, what attention matrices and their gradients would add to it.
+    """
+    model = getattr(model, "model", model) if hasattr(model, "tokenizer") else model
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    width = next(model.parameters()).element_size()
+    tokens = num_tokens * batch
+    per_token = 6 * config.hidden_size + 4 * inner + 2 * (heads + kv) * size
+    activations = config.num_hidden_layers * tokens * (per_token * width + 4 * heads)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    flow = tokens * 2 * kv * size * 4
+    eager = batch * config.num_hidden_layers * heads * num_tokens**2 * 2 * width + batch * heads * num_tokens**2 * 4
+    return {"weights": weights, "activations": activations, "flow": flow, "total": weights + activations + flow, "eager_attention": eager}
+
+
+def token_segments(offsets: Sequence[tuple[int, int]], spans: Mapping[str, Spans]) -> dict[str, list[tuple[int, int]]]:
+    """Token spans of character spans: a token belongs to the segment in which it starts. offsets: (start, end) of every token, as
+    tokenizers return them."""
+    result: dict[str, list[tuple[int, int]]] = {}
+    for name, given in spans.items():
+        chosen = []
+        for start, end in _span_list(given):
+            inside = [i for i, (a, b) in enumerate(offsets) if start <= a < end and b > a]
+            for i in inside:
+                if chosen and chosen[-1][1] == i:
+                    chosen[-1] = (chosen[-1][0], i + 1)
+                else:
+                    chosen.append((i, i + 1))
+        result[name] = chosen
+    return result
+
+
+def prefix_cache(model: Any, input_ids: Tensor) -> Any:
+    """Keys and values of input_ids (1 or B, P), computed without a graph: the constant prefix of `FlowRecorder(prefix_cache=…)`."""
+    model = getattr(model, "model", model) if hasattr(model, "tokenizer") else model
+    from transformers import DynamicCache
+
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        decoder = model.base_model if model.base_model is not model else model
+        decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+class FlowRecorder:
+    """Records segment flows of one model; `run` may be called again and again.
+
+    Args:
+        model: a causal language model of transformers, or a LanguageModel. Left as found after every run, exceptions included.
+        segments: name -> token span (start, end) or list of spans; or a list of such mappings, one a sequence; or an id tensor (n,) / (B,
+            n), -1 for none.
+            Positions count from the start of the sequence, prefix included. Spans must not overlap.
+        layers: layer indices to record (negative from the end), all by default; layers below the first run without a graph.
+        heads: query heads to report, all by default.
+        outputs: as in `saliency_flow`. pairs: (source, destination) names; flows of other pairs are not computed.
+        prefix_cache: constant keys and values of the first P tokens (see `prefix_cache`); input_ids then hold what follows. Not modified.
+        checkpoint: recompute layer activations in the backward instead of keeping them. Bins are counted once.
+        exclude_diagonal, backend: as in `saliency_flow`.
+
+    Example:
+        >>> with FlowRecorder(model, {"question": (0, 12), "prompt": (13, 20)}) as rec:
+        ...     rec.run(input_ids, target_positions=20, target_ids=answer_id)
+        >>> rec.flow("question", "prompt").shape            # (B, L, H)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        segments: Any,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        outputs: Sequence[str] = ("abs",),
+        prefix_cache: Any = None,
+        *,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        checkpoint: bool = False,
+        exclude_diagonal: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        self.model = model.model if hasattr(model, "tokenizer") and hasattr(model, "model") else model
+        if not hasattr(self.model, "_can_set_attn_implementation") or not self.model._can_set_attn_implementation():
+            raise ValueError(f"model must route attention through transformers' AttentionInterface; {type(self.model).__name__} does not")
+        config = self.model.config.get_text_config()
+        self.num_layers, self.num_heads = config.num_hidden_layers, config.num_attention_heads
+        self.layers = _indices("layers", layers, self.num_layers)
+        self.heads = _indices("heads", heads, self.num_heads)
+        self.segments, self.outputs, self.prefix = segments, tuple(outputs), prefix_cache
+        if not isinstance(segments, (Mapping, Tensor, Sequence)) or isinstance(segments, str):
+            raise TypeError(f"segments must be a mapping, a list of mappings or an id tensor, got {type(segments).__name__}")
+        self.checkpoint, self.exclude_diagonal, self.backend = checkpoint, exclude_diagonal, backend
+        if checkpoint and prefix_cache is not None:
+            raise ValueError("checkpoint=True and prefix_cache exclude each other: transformers drops the cache of a checkpointed layer")
+        self.names = self._segment_names()
+        self.pairs = None
+        if pairs is not None:
+            self.pairs = torch.zeros(len(self.names), len(self.names), dtype=torch.bool)
+            for source, destination in pairs:
+                self.pairs[self._segment(destination), self._segment(source)] = True
+        self.loss: Tensor | None = None
+        self.one_minus_p: Tensor | None = None
+        self.metadata: dict[str, Any] = {}
+        self._flows: dict[int, SaliencyFlow] = {}
+        self._kinds_of_mask: dict[int, dict[str, Any]] = {}
+
+    def __enter__(self) -> FlowRecorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    # ---- results -----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def sums(self) -> Tensor:
+        """(B, L, H, S, S) sums of |A · dL/dA|; the fourth axis is the segment of the reader, the last the segment read."""
+        return self.bins("abs")
+
+    @property
+    def counts(self) -> Tensor:
+        """(B, L, S, S) visible pairs; layers differ where some have a window."""
+        return torch.stack([self._counts[layer][0] for layer in self.layers], 1)
+
+    @property
+    def box(self) -> Tensor:
+        """(B, S, S) tokens · tokens, masks ignored."""
+        return self._counts[self.layers[0]][1]
+
+    def bins(self, output: str = "abs", loss: str | None = None) -> Tensor:
+        """Bins of one output over the recorded layers, for the loss that was run; loss="margin" after a "ce" run (or the reverse) rescales
+        exactly."""
+        self._ran()
+        if output == "headsum_abs":
+            result = torch.stack([self._flows[layer].headsum_abs.to(self._device) for layer in self.layers], 1)
+        elif output in KINDS or output in ("row_by_seg", "row_sum", "col_by_seg", "col_sum", "matrix"):
+            name = f"{output}_sum" if output in KINDS else output
+            if getattr(self._flows[self.layers[0]], name) is None:
+                raise ValueError(f"output {output!r} was not recorded; FlowRecorder(outputs=({output!r},))")
+            result = torch.stack([getattr(self._flows[layer], name).to(self._device) for layer in self.layers], 1)[:, :, self.heads]
+        else:
+            raise ValueError(f"output must be one of {OUTPUTS}, got {output!r}")
+        ran, wanted = self.metadata["loss"], loss or self.metadata["loss"]
+        if output == "attn":
+            return result
+        if wanted != ran and ({wanted, ran} != {"ce", "margin"} or not self._single):
+            raise ValueError(
+                f"loss={wanted!r} cannot be had from a run with loss={ran!r}; only ce and margin of one target share a backward"
+            )
+        if wanted != ran and output in ("signed", "pos"):
+            raise ValueError(f"output={output!r} changes sign between ce and margin; run with loss={wanted!r}")
+        if self._single and wanted in ("ce", "ce_restricted"):
+            factor = self.one_minus_p.to(result.dtype)
+            result = result * factor.view(-1, *[1] * (result.dim() - 1))
+        return result
+
+    def flow(
+        self, source: str, destination: str, *, denominator: str = "box", empty: str = "nan", output: str = "abs", loss: str | None = None
+    ) -> Tensor:
+        """(B, L, H) mean saliency with which `destination` (the reader) read `source`; see SaliencyFlow.mean for denominator and empty."""
+        row, col = self._segment(destination), self._segment(source)
+        if self._prefix_length and bool((self._ids[:, : self._prefix_length] == row).any()):
+            raise ValueError(
+                f"destination {destination!r} has tokens in the cached prefix, whose rows were not run; make the prefix shorter"
+            )
+        if self.pairs is not None and not self.pairs[row, col]:
+            raise ValueError(f"the flow {source!r} -> {destination!r} was pruned: pairs does not name it")
+        if denominator not in ("box", "visible"):
+            raise ValueError(f"denominator must be 'box' or 'visible', got {denominator!r}")
+        sums = self.bins(output, loss)[..., row, col]
+        pairs = (self.box[:, None] if denominator == "box" else self.counts)[..., row, col].to(sums.device)
+        pairs = pairs if output == "headsum_abs" else pairs[..., None]
+        if empty not in ("nan", "zero", "raise"):
+            raise ValueError(f"empty must be 'nan', 'zero' or 'raise', got {empty!r}")
+        if empty == "raise" and bool((pairs == 0).any()):
+            raise ValueError(f"empty='raise': no {denominator} pairs {source!r} -> {destination!r}")
+        return (sums / pairs.clamp(min=1)).masked_fill(pairs == 0, 0.0 if empty == "zero" else float("nan"))
+
+    def to_json(self) -> str:
+        """Sums, counts, loss and the metadata that makes them comparable, as JSON."""
+        return json.dumps(
+            {
+                **self.metadata,
+                "sums": self.sums.tolist(),
+                "counts": self.counts.tolist(),
+                "box": self.box.tolist(),
+                "loss_value": self.loss.tolist(),
+                "one_minus_p": self.one_minus_p.tolist(),
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Sums, counts, loss as safetensors, metadata in the header."""
+        from safetensors.torch import save_file
+
+        tensors = {"sums": self.sums, "counts": self.counts, "box": self.box, "loss": self.loss, "one_minus_p": self.one_minus_p}
+        target = Path(path)
+        temporary = target.with_name(target.name + ".part")
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(temporary), {"llmcore": json.dumps(self.metadata)}
+        )
+        temporary.replace(target)
+
+    # ---- the pass ----------------------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        target_positions: Any = None,
+        target_ids: Any = None,
+        loss: str = "ce",
+        *,
+        candidates: Sequence[int] | Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> FlowRecorder:
+        """One forward and backward; results are then in `flow`, `sums`, `counts`, `loss`, `one_minus_p`.
+
+        Args:
+            input_ids: (B, n) tokens (behind the prefix, when there is one). Tokens behind the last target position are not run.
+            attention_mask: (B, P + n), 0 for padding on either side. position_ids: (B, n); where they jump, packed documents are kept
+                apart.
+            target_positions: position(s) whose logits predict the target: an int, (B,) or (B, T); the last token by default. Counted from
+                the sequence's
+                start, prefix included.
+            target_ids: the predicted token(s), same shape. With T > 1 the loss is the sum over targets.
+            loss: "ce", "margin", "logit" or "ce_restricted" (over `candidates`, which must hold the targets).
+        """
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(f"input_ids must be integers (batch, seq_len), got {input_ids.dtype} {tuple(input_ids.shape)}")
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
+        if (loss == "ce_restricted") != (candidates is not None):
+            raise ValueError("candidates must be given for loss='ce_restricted', and only for it")
+        batch, given = input_ids.shape
+        device = input_ids.device
+        self._prefix_length = self.prefix.get_seq_length() if self.prefix is not None else 0
+        total = self._prefix_length + given
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(
+                    f"attention_mask must be a 2-D padding mask (batch, seq_len); a {attention_mask.dim()}-D mask cannot be honoured"
+                )
+            if attention_mask.shape != (batch, total):
+                raise ValueError(f"attention_mask must be (batch, prefix + seq_len) = {(batch, total)}, got {tuple(attention_mask.shape)}")
+        positions, targets = self._targets(target_positions, target_ids, batch, total, attention_mask, device)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if bool((targets < 0).any()) or bool((targets >= vocabulary).any()):
+            raise ValueError(f"target_ids must be in [0, vocab_size) = [0, {vocabulary}), got {targets.tolist()}")
+        choice = None
+        if candidates is not None:
+            choice = torch.as_tensor(candidates, device=device).flatten()
+            if not bool((targets[..., None] == choice).any(-1).all()):
+                raise ValueError(f"candidates must hold every target id, got {choice.tolist()} for targets {targets.tolist()}")
+        self._ids = self._segment_ids(batch, total, device)
+        self._flows, self._counts, self._kinds_of_mask = {}, {}, {}
+        self._single = positions.shape[1] == 1
+        self._device = device
+        kept = int(positions.max()) + 1 - self._prefix_length  # rows behind the last target carry no gradient
+        inputs: dict[str, Any] = {"input_ids": input_ids[:, :kept]}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask[:, : self._prefix_length + kept]
+        if position_ids is not None:
+            if position_ids.shape != input_ids.shape:
+                raise ValueError(f"position_ids must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(position_ids.shape)}")
+            inputs["position_ids"] = position_ids[:, :kept]
+        if self.prefix is not None:
+            cache = copy.deepcopy(self.prefix)  # the model appends to it
+            if batch > 1 and cache.layers[0].keys.shape[0] == 1:
+                cache.batch_repeat_interleave(batch)
+            inputs["past_key_values"] = cache
+        documents = self._packed(inputs, total, batch)
+
+        global _active
+        with _lock, self._borrowed(positions - self._prefix_length) as gathered:
+            self._documents = documents
+            _active = self
+            try:
+                logits = self.model(**inputs, use_cache=self.prefix is not None).logits
+                if not gathered:
+                    logits = logits.gather(1, (positions - self._prefix_length)[..., None].expand(-1, -1, logits.shape[-1]))
+                scalar = self._scalar(logits.float(), targets, loss, choice)
+                if not scalar.requires_grad:
+                    raise RuntimeError(f"no graph reaches the logits of {type(self.model).__name__}: its layers do not pass gradients")
+                scalar.backward()
+            finally:
+                _active = None
+        missing = [layer for layer in self.layers if layer not in self._flows]
+        if missing:
+            raise RuntimeError(
+                f"layers {missing} never reached the attention interface of {type(self.model).__name__}; "
+                f"recorded {sorted(self._flows)}: leave the missing ones out of layers"
+            )
+        for layer in self.layers:
+            for name in ("abs_sum", "signed_sum", "row_sum"):
+                bins = getattr(self._flows[layer], name)
+                if bins is not None and not bool(torch.isfinite(bins).all()):
+                    raise ValueError(f"layer {layer}: NaN or infinity in the gradient that reached its attention; use a wider dtype")
+        self._count(batch, total, attention_mask)
+        self.metadata = {
+            "quantity": "|A * dL/dA|",
+            "loss": loss,
+            "target_ids": targets.tolist(),
+            "target_positions": positions.tolist(),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "model": type(self.model).__name__,
+            "name": getattr(self.model.config, "_name_or_path", ""),
+            "layers": self.layers,
+            "heads": self.heads,
+            "segments": self.names,
+            "candidates": None if choice is None else choice.tolist(),
+            "exclude_diagonal": self.exclude_diagonal,
+            "prefix": self._prefix_length,
+        }
+        return self
+
+    def _scalar(self, logits: Tensor, targets: Tensor, loss: str, candidates: Tensor | None) -> Tensor:
+        """The scalar that goes backward, summed over the batch; `loss` and `one_minus_p` are set on the way."""
+        if candidates is not None:
+            targets = (targets[..., None] == candidates).int().argmax(-1)
+            logits = logits[..., candidates]
+        chosen = logits.gather(-1, targets[..., None])[..., 0]
+        others = logits.scatter(-1, targets[..., None], -torch.inf).logsumexp(-1)
+        margin = chosen - others
+        with torch.no_grad():
+            self.one_minus_p = torch.sigmoid(-margin)
+            value = {"ce": torch.nn.functional.softplus(-margin), "margin": margin, "logit": chosen}[
+                "ce" if loss == "ce_restricted" else loss
+            ].sum(-1)
+            self.loss = value
+            if self._single:
+                self.one_minus_p = self.one_minus_p[:, 0]
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"the logits at the target position are not finite (loss {value.tolist()}); use a wider dtype")
+        if loss == "logit":
+            return chosen.sum()
+        if loss == "margin":
+            return margin.sum()
+        if self._single:
+            return -margin.sum()  # d ce = (1 - p) · d(-margin): the factor is applied to the bins
+        return torch.nn.functional.softplus(-margin).sum()
+
+    @contextlib.contextmanager
+    def _borrowed(self, positions: Tensor) -> Iterator[list[bool]]:
+        """The model with our attention, frozen parameters and a leaf below the first recorded layer; everything is put back afterwards."""
+        _register()
+        model = self.model
+        configs: dict[int, tuple[Any, Any]] = {}
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            for one in [config, *(getattr(config, key, None) for key in (getattr(config, "sub_configs", None) or {}))]:
+                if one is not None and hasattr(one, "_attn_implementation_internal"):
+                    configs[id(one)] = (one, one._attn_implementation_internal)
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        layers = self._decoder_layers()
+        handles = []
+        kept: list[tuple[Any, dict[str, Any]]] = []
+        gathered: list[bool] = []
+
+        def leaf(hidden: Tensor) -> Tensor:
+            return hidden.detach().requires_grad_()
+
+        def enter(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if "hidden_states" in kwargs:
+                return args, {**kwargs, "hidden_states": leaf(kwargs["hidden_states"])}
+            return (leaf(args[0]), *args[1:]), kwargs
+
+        def only_targets(_: Any, args: tuple) -> tuple:
+            gathered.append(True)
+            return (args[0].gather(1, positions.to(args[0].device)[..., None].expand(-1, -1, args[0].shape[-1])), *args[1:])
+
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            model.set_attn_implementation(_NAME)
+            if model.config.get_text_config()._attn_implementation != _NAME:
+                raise ValueError(
+                    f"{type(model).__name__} refused the attention implementation; it does not use transformers' AttentionInterface"
+                )
+            first = min(self.layers)
+            if first > 0 and layers is not None:
+                handles.append(layers[first].register_forward_pre_hook(enter, with_kwargs=True))
+            else:
+                handles.append(model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: leaf(output)))
+            head = model.get_output_embeddings()
+            if head is not None:
+                handles.append(head.register_forward_pre_hook(only_targets))
+            if self.checkpoint:
+                for layer in layers or ():
+                    kept.append(
+                        (
+                            layer,
+                            {
+                                name: layer.__dict__.get(name)
+                                for name in ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+                            },
+                        )
+                    )
+                    layer.training = True  # this module alone: its children stay in eval mode, so no dropout wakes up
+                    layer.gradient_checkpointing = True
+                    layer._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+            yield gathered
+        finally:
+            for layer, state in kept:
+                for name, old in state.items():
+                    if old is None:
+                        layer.__dict__.pop(name, None)
+                    else:
+                        layer.__dict__[name] = old
+            for handle in handles:
+                handle.remove()
+            for config, implementation in configs.values():
+                config._attn_implementation_internal = implementation
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def _decoder_layers(self) -> Any:
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
+                return module
+        return None
+
+    # ---- called by the attention function ----------------------------------------------------------------------------------------------
+
+    def _store(self, layer: int, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, grad: Tensor, options: dict[str, Any]) -> None:
+        if layer in self._flows:
+            raise RuntimeError(
+                f"layer {layer} went backward twice in one pass: {type(self.model).__name__} uses one layer index for several attentions"
+            )
+        rows, cols = query.shape[2], key.shape[2]
+        last = self._prefix_length + rows
+        ids = self._ids.to(query.device)
+        try:
+            self._flows[layer] = saliency_flow(
+                query,
+                key,
+                value,
+                grad,
+                lse,
+                ids[:, last - rows : last].contiguous(),
+                ids[:, last - cols : last].contiguous(),
+                num_row_segments=len(self.names),
+                num_col_segments=len(self.names),
+                pairs=None if self.pairs is None else self.pairs.to(query.device),
+                outputs=self.outputs,
+                exclude_diagonal=self.exclude_diagonal,
+                backend=self.backend,
+                **options,
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {error}") from error
+        self._kinds_of_mask[layer] = {"causal": options["causal"], "window": options["window"]}
+
+    def _count(self, batch: int, total: int, attention_mask: Tensor | None) -> None:
+        """Counts over the whole sequence, tokens behind the target included, for each kind of mask once."""
+        known: dict[Any, tuple[Tensor, Tensor]] = {}
+        for layer in self.layers:
+            kind = self._kinds_of_mask[layer]
+            key = kind["causal"], kind["window"]
+            if key not in known:
+                visible = visible_ranges(batch, total, total, device=self._device, cu_seqlens_q=self._documents, **kind)
+                known[key] = pair_counts(
+                    visible,
+                    self._ids,
+                    self._ids,
+                    len(self.names),
+                    len(self.names),
+                    key_mask=attention_mask,
+                    exclude_diagonal=self.exclude_diagonal,
+                )
+            self._counts[layer] = known[key]
+
+    # ---- reading the arguments -----------------------------------------------------------------------------------------------------------
+
+    def _ran(self) -> None:
+        if not self.metadata:
+            raise RuntimeError("nothing was recorded: call run first")
+
+    def _segment_names(self) -> list[str]:
+        if isinstance(self.segments, Tensor):
+            return [str(i) for i in range(int(self.segments.max()) + 1)]
+        given = [self.segments] if isinstance(self.segments, Mapping) else list(self.segments)
+        if not given or not all(isinstance(one, Mapping) for one in given):
+            raise TypeError("segments must be a mapping name -> spans, a list of such mappings (one a sequence) or an id tensor")
+        return list(dict.fromkeys(name for one in given for name in one))
+
+    def _segment(self, name: str) -> int:
+        if name not in self.names:
+            raise ValueError(f"segment must be one of {self.names}, got {name!r}")
+        return self.names.index(name)
+
+    def _segment_ids(self, batch: int, total: int, device: torch.device) -> Tensor:
+        if isinstance(self.segments, Tensor):
+            ids = self.segments.to(device).long()
+            ids = ids.expand(batch, -1) if ids.dim() == 1 else ids
+            if ids.shape != (batch, total) or bool((ids < -1).any()):
+                raise ValueError(f"segments must be ids ≥ -1 of shape {(batch, total)} or ({total},), got {tuple(self.segments.shape)}")
+            return ids.contiguous()
+        given = [self.segments] * batch if isinstance(self.segments, Mapping) else list(self.segments)
+        if len(given) != batch:
+            raise ValueError(f"segments must be one mapping a sequence ({batch}), got {len(given)}")
+        ids = torch.full((batch, total), -1, dtype=torch.long)
+        for b, one in enumerate(given):
+            for name, spans in one.items():
+                for start, end in _span_list(spans):
+                    if not 0 <= start <= end <= total:
+                        raise ValueError(f"segments[{name!r}]: the span ({start}, {end}) leaves the sequence of {total} tokens")
+                    if bool((ids[b, start:end] >= 0).any()):
+                        raise ValueError(f"segments[{name!r}]: the span ({start}, {end}) overlaps another; a token is in one segment")
+                    ids[b, start:end] = self._segment(name)
+        return ids.to(device)
+
+    def _targets(
+        self, target_positions: Any, target_ids: Any, batch: int, total: int, attention_mask: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        if target_ids is None:
+            raise ValueError("target_ids must name the token(s) whose prediction is explained")
+        positions = torch.as_tensor(total - 1 if target_positions is None else target_positions, device=device)
+        targets = torch.as_tensor(target_ids, device=device)
+        shaped = []
+        for name, t in (("target_positions", positions), ("target_ids", targets)):
+            if t.is_floating_point():
+                raise TypeError(f"{name} must be integers, got {t.dtype}")
+            if t.dim() == 0:
+                t = t.expand(batch, 1)
+            elif t.dim() == 1:
+                t = t[:, None]
+            if t.dim() != 2 or t.shape[0] != batch:
+                raise ValueError(f"{name} must be an int, (batch,) or (batch, num_targets) with batch {batch}, got {tuple(t.shape)}")
+            shaped.append(t.long())
+        positions, targets = torch.broadcast_tensors(*shaped)
+        if bool((positions < self._prefix_length).any()) or bool((positions >= total).any()):
+            raise ValueError(f"target_positions must be in [{self._prefix_length}, {total}), the tokens that run, got {positions.tolist()}")
+        if attention_mask is not None and not bool(attention_mask.bool().gather(1, positions).all()):
+            raise ValueError(f"target_positions {positions.tolist()} point at padding")
+        return positions.contiguous(), targets.contiguous()
+
+    def _packed(self, inputs: dict[str, Any], total: int, batch: int) -> Tensor | None:
+        """(B, D + 1) borders of packed documents, seen only through positions that jump; None for one document a sequence."""
+        positions = inputs.get("position_ids")
+        if positions is None:
+            return None
+        jumps = positions[:, 1:] != positions[:, :-1] + 1
+        if "attention_mask" in inputs:
+            valid = inputs["attention_mask"].bool()[:, self._prefix_length :]
+            if bool((jumps & valid[:, 1:] & valid[:, :-1]).any()):
+                raise ValueError("position_ids that jump between tokens that attention_mask allows: pack documents or pad them, not both")
+            return None
+        if not bool(jumps.any()):
+            return None
+        if self._prefix_length:
+            raise ValueError("position_ids jump (packed documents) while prefix_cache is given; run documents with a prefix one by one")
+        starts = [[0, *(jumps[b].nonzero().flatten() + 1).tolist()] for b in range(batch)]
+        longest = max(len(one) for one in starts) + 1
+        length = positions.shape[1]
+        return torch.tensor([one + [length] * (longest - len(one)) for one in starts], dtype=torch.int32, device=positions.device)
+
+
+def _span_list(spans: Any) -> list[tuple[int, int]]:
+    spans = list(spans)
+    if len(spans) == 2 and all(isinstance(x, int) for x in spans):
+        return [(spans[0], spans[1])]
+    return [(int(start), int(end)) for start, end in spans]
+
+
+def _indices(name: str, given: Sequence[int] | None, count: int) -> list[int]:
+    if given is None:
+        return list(range(count))
+    chosen = sorted({index + count if index < 0 else index for index in given})
+    if not chosen or chosen[0] < 0 or chosen[-1] >= count:
+        raise ValueError(f"{name} must be indices in [-{count}, {count}), got {list(given)}")
+    return chosen
+
+
+class _Attention(torch.autograd.Function):
+    """Flash attention whose backward also bins A · dA. Bins are made in the backward only, so a checkpointed layer, whose forward runs
+    twice, counts once."""
+
+    @staticmethod
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, recorder: FlowRecorder, layer: int, options: dict[str, Any]
+    ) -> Tensor:
+        output, lse = attention_with_lse(query, key, value, sinks=sinks, **options)
+        ctx.save_for_backward(query, key, value, output, lse, sinks)
+        ctx.recorder, ctx.layer, ctx.options = recorder, layer, options
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        query, key, value, output, lse, sinks = ctx.saved_tensors
+        options = ctx.options
+        if ctx.layer in ctx.recorder.layers:
+            ctx.recorder._store(ctx.layer, query, key, value, lse, grad, options)
+        if not any(ctx.needs_input_grad[:4]):
+            return (None,) * 7
+        dq, dk, dv, dsinks = attention_lse_bwd(
+            grad,
+            query,
+            key,
+            value,
+            output,
+            lse,
+            options["softmax_scale"],
+            options["causal"],
+            None,
+            options["window"],
+            options["softcap"],
+            sinks,
+            options["key_mask"],
+            options["cu_seqlens_q"],
+            None,
+            False,
+        )
+        return dq, dk, dv, dsinks if sinks is not None else None, None, None, None
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    recorder = _active
+    if recorder is None:
+        raise RuntimeError(f"the attention implementation {_NAME!r} works inside FlowRecorder.run only")
+    name = type(module).__name__
+    unknown = sorted(key for key, x in kwargs.items() if key not in _HARMLESS and x is not None and x is not False)
+    if unknown:
+        raise ValueError(f"{name} passes {unknown} to its attention, which saliency flow does not know how to honour")
+    if dropout:
+        raise ValueError(f"{name} asks for attention dropout {dropout}; saliency needs none: call model.eval()")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"{name} was given a {attention_mask.dim()}-D attention mask, which cannot be honoured; give the 2-D padding mask")
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise ValueError(f"{name} has no layer_idx, so its layer is unknown")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if sliding_window is not None and not causal:
+        raise ValueError(f"{name} combines a window with bidirectional attention, which is not supported")
+    rows, cols = query.shape[2], key.shape[2]
+    if cols > recorder._prefix_length + rows:
+        raise ValueError(
+            f"{name} attends to {cols} keys for {recorder._prefix_length + rows} tokens; static caches and cross-attention are not "
+            f"supported"
+        )
+    documents = recorder._documents
+    if documents is not None and documents.shape[0] == 1:
+        documents = documents[0]
+    options = {
+        "softmax_scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        "causal": causal,
+        "window": None if not sliding_window or sliding_window >= cols else int(sliding_window),
+        "softcap": softcap,
+        "key_mask": None if attention_mask is None else attention_mask[:, -cols:].bool(),
+        "cu_seqlens_q": documents,
+    }
+    sinks = s_aux.to(query.dtype) if s_aux is not None else None
+    output = _Attention.apply(query, key, value, sinks, recorder, layer, options)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The 2-D padding mask, or None without padding. Masks of a form that ranges and windows cannot express (chunks, image blocks) are
+    refused."""
+    recorder = _active
+    if mask_function is not None and recorder is not None and recorder._documents is None and kv_length:
+        _check_mask_form(mask_function, q_length, kv_length, int(q_offset), kv_offset)
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -kv_length:]
+        if bool(attention_mask.all()):
+            attention_mask = None
+    return attention_mask
+
+
+def _check_mask_form(mask_function: Any, q_length: int, kv_length: int, q_offset: int, kv_offset: int) -> None:
+    """Three rows of the mask, O(n): each must read one contiguous run that fits causal order, a window, or bidirectional attention."""
+    columns = torch.arange(kv_offset, kv_offset + kv_length)
+    zero = torch.tensor(0)
+    spans = []
+    for row in sorted({0, q_length // 2, q_length - 1}):
+        position = q_offset + row
+        seen = columns[torch.as_tensor(mask_function(zero, zero, torch.tensor(position), columns)).cpu().expand(kv_length)].tolist()
+        if not seen or seen != list(range(seen[0], seen[-1] + 1)) or position not in seen:
+            raise ValueError(
+                f"the model's attention mask is neither causal, windowed nor bidirectional (row {position}); saliency flow cannot "
+                f"express it"
+            )
+        spans.append((position, seen[0], seen[-1]))
+    if all(last == position for position, _, last in spans):
+        window = max(position - first + 1 for position, first, _ in spans)
+        if any(position - first + 1 != min(window, position + 1 - kv_offset) for position, first, _ in spans):
+            raise ValueError(
+                "the model's attention mask is chunked (rows of different chunks read different lengths), which is not supported"
+            )
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, _mask)  # without it the mask would be None, silently, and padding would be read
