@@ -135,7 +135,9 @@ def load_model(name_or_path: str | os.PathLike = EMBEDDED, *, device: str | torc
     tokenizer = AutoTokenizer.from_pretrained(source, **common)
     model = model.to(device).eval()
     stop_ids = _stop_ids(model, tokenizer)
-    pad_id = next((int(i) for i in (model.generation_config.pad_token_id, tokenizer.pad_token_id, *stop_ids) if i is not None), 0)
+    # A tokenizer may name a padding token that the model has no row for; such an id would fail in the embedding.
+    candidates = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *stop_ids)
+    pad_id = next((int(i) for i in candidates if i is not None and 0 <= int(i) < model.config.get_text_config().vocab_size), 0)
     return LanguageModel(model, tokenizer, device, next(model.parameters()).dtype, name, source, stop_ids, pad_id)
 
 

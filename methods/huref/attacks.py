@@ -436,15 +436,19 @@ def apply(path: str | Path, out: str | Path, attacks: str | Sequence[str], *, se
     return report
 
 
-def logit_change(path: str | Path, copy: str | Path, *, texts: Sequence[str] | None = None) -> LogitChange:
+def logit_change(original: str | Path | models.LanguageModel, copy: str | Path, *, texts: Sequence[str] | None = None) -> LogitChange:
     """Largest change of a logit between a model and its copy, float32 on the CPU, over the tokens that both vocabularies have.
 
-    Each text is tokenised by each model's own tokenizer; a copy whose ids were permuted is compared token by token.
+    original: anything `load_model` takes, or a model that it returned. Each text is tokenised by each model's own tokenizer, and a copy
+    whose ids were permuted is compared token by token.
     """
     texts = list(texts) if texts is not None else list(_TEXTS)
-    first, second = (models.load_model(p, device="cpu", dtype=torch.float32) for p in (path, copy))
+    first, second = (m if isinstance(m, models.LanguageModel) else models.load_model(m, device="cpu", dtype=torch.float32)
+                     for m in (original, copy))
     vocabulary = second.tokenizer.get_vocab()
     pairs = torch.tensor([(index, vocabulary[token]) for token, index in first.tokenizer.get_vocab().items() if token in vocabulary])
+    # A tokenizer may know tokens that its model has no row for.
+    pairs = pairs[(pairs[:, 0] < first.config.vocab_size) & (pairs[:, 1] < second.config.vocab_size)]
     largest, squares, total, positions = 0.0, 0.0, 0, 0
     for text in texts:
         logits = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -16,16 +15,26 @@ import torch
 from llmcore import files, models
 
 
-def test_embedded_weights_equal_transformers_own_gguf_loading(smollm2):
-    pytest.importorskip("gguf", reason="the independent reader")
-    from transformers import AutoModelForCausalLM
+def test_embedded_weights_equal_the_independent_reader(smollm2):
+    """Three layers, embedding and norms against the gguf package, bit for bit; queries and keys after the permutation that the file's
+    converter applied."""
+    theirs = pytest.importorskip("gguf", reason="the independent reader")
+    from llmcore.checkpoints import CheckpointReader
 
-    source = models._embedded_gguf()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    theirs = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32).state_dict()
-    ours = smollm2.model.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    state = smollm2.model.state_dict()
+    reader = theirs.GGUFReader(models._embedded_gguf())
+    with CheckpointReader(models._embedded_gguf()) as ours:
+        names = {stored: name for name, stored in ours.huggingface_names().items()}
+    assert {names[t.name] for t in reader.tensors} == set(state) - {"lm_head.weight"}
+    for tensor in reader.tensors:
+        if tensor.name.startswith("blk.") and tensor.name.split(".")[1] not in ("0", "13", "29"):
+            continue
+        stored = torch.from_numpy(theirs.dequantize(tensor.data, tensor.tensor_type).copy())
+        stored = stored.reshape(tuple(int(n) for n in reversed(tensor.shape)))
+        loaded = state[names[tensor.name]]
+        if heads := {"attn_q": 9, "attn_k": 3}.get(tensor.name.split(".")[-2]):
+            loaded = loaded.reshape(heads, 2, 32, -1).swapaxes(1, 2).reshape(loaded.shape)
+        assert torch.equal(loaded, stored), tensor.name
     assert smollm2.config.rms_norm_eps == 1e-5
     assert smollm2.config.rope_parameters["rope_theta"] == 100000.0
 
@@ -77,6 +86,21 @@ def test_device_dtype_and_attention_are_honoured(smollm2):
     assert not lm.model.training
 
 
+def test_padding_id_has_a_row(smollm2, tmp_path):
+    """A tokenizer with a padding token beyond the embedding: the id must still be one that the model can embed."""
+    import transformers
+
+    config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=50,
+                                      eos_token_id=[7, 9], pad_token_id=None)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    smollm2.tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|padding|>"}))
+    lm = models.load_model(tmp_path, device="cpu")
+    assert lm.tokenizer.pad_token_id >= 50
+    assert (lm.pad_id, lm.stop_ids) == (7, (7, 9))
+
+
 def test_what_is_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="neither 'smollm2'"):
         models.load_model(tmp_path / "nothing")
@@ -106,10 +130,10 @@ def test_what_is_refused(tmp_path, monkeypatch):
 
 
 def test_two_processes_convert_once(tmp_path):
-    code = ("import sys, os; from llmcore import models, gguf\n"
-            "real = models._convert\n"
-            "def counted(path, folder):\n    open(os.path.join(sys.argv[1], f'ran-{os.getpid()}'), 'w').close(); real(path, folder)\n"
-            "models._convert = counted; print(models.embedded_path())")
+    code = ("import sys, os, time; from llmcore import models\n"
+            "def slow(path, folder):\n"
+            "    open(os.path.join(sys.argv[1], f'ran-{os.getpid()}'), 'w').close(); time.sleep(3); (folder / 'done').touch()\n"
+            "models._convert = slow; print(models.embedded_path()); assert (models.embedded_path() / 'done').exists()")
     env = os.environ | {"LLMCORE_CACHE": str(tmp_path / "cache")}
     runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     paths = {run.communicate(timeout=120)[0].strip() for run in runs}

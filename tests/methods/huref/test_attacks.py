@@ -9,10 +9,11 @@ import torch
 from llmcore.methods.huref import attacks
 
 from llmcore.checkpoints import CheckpointReader
+from llmcore.models import load_model
 
 LOSSLESS = [name for name, rewrite in attacks.ATTACKS.items() if rewrite.lossless]
 TINY = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
-        "head_dim": 16, "vocab_size": 49152, "max_position_embeddings": 64, "initializer_range": 0.15}
+        "head_dim": 16, "vocab_size": 300, "max_position_embeddings": 64, "initializer_range": 0.15}
 KINDS = {"llama": ("LlamaConfig", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
          "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
          "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"tie_word_embeddings": True}),
@@ -21,7 +22,23 @@ KINDS = {"llama": ("LlamaConfig", "LlamaForCausalLM", {"attention_bias": True, "
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, smollm2):
+def tokenizer():
+    """Bytes, a few merges and two special tokens: 300 ids, so that a copy's tokenizer costs nothing to rewrite and to load."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as parts
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(a, b) for a in "aeiou" for b in "nrstlm"] + [("t", "h"), ("th", "e")]
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "<end>", *letters, *(a + b for a, b in merges)])}
+    built = Tokenizer(parts.BPE(vocabulary | {f"spare{i}": i for i in range(len(vocabulary), 300)}, merges))
+    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    built.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "<end>")])
+    return PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>", bos_token="<s>", eos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tokenizer):
     """One small model of every supported type, norms and biases far from their initial values."""
     import transformers
 
@@ -36,7 +53,7 @@ def tiny(tmp_path_factory, smollm2):
                     parameter.copy_(torch.randn_like(parameter) * 0.3 + (0.0 if kind == "gemma" or "bias" in name else 1.0))
         folder = tmp_path_factory.mktemp(kind)
         net.save_pretrained(folder)
-        smollm2.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         made[kind] = folder
     return made
 
@@ -54,6 +71,7 @@ def _cosine(a, b) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_lossless_rewrite_keeps_the_logits_of_every_model_type(tiny, tmp_path, kind):
+    original = load_model(tiny[kind], device="cpu")
     for name in LOSSLESS:
         if (kind, name) == ("qwen3", "qk_scaling"):
             with pytest.raises(ValueError, match=r"qk_scaling: model_type 'qwen3' normalises queries and keys"):
@@ -62,7 +80,7 @@ def test_every_lossless_rewrite_keeps_the_logits_of_every_model_type(tiny, tmp_p
             continue
         report = attacks.apply(tiny[kind], tmp_path / name, name, seed=3)
         assert report.lossless
-        change = attacks.logit_change(tiny[kind], tmp_path / name)
+        change = attacks.logit_change(original, tmp_path / name)
         assert change.relative < 2e-5, (name, change)
         if name not in ("identity_layers", "vocabulary"):
             assert _cosine(tiny[kind], tmp_path / name) < 0.99, name
@@ -74,7 +92,7 @@ def test_smollm2_disguised_by_everything(smollm2, tmp_path):
     assert report.attacks == (*attacks.COVERED, "rotation", "norm_shift")
     assert json.loads((tmp_path / "copy" / "attack.json").read_text())["seed"] == 0
     assert len(list((tmp_path / "copy").glob("*.safetensors"))) == 3
-    change = attacks.logit_change(smollm2.path, tmp_path / "copy")
+    change = attacks.logit_change(smollm2, tmp_path / "copy")
     assert change.max_abs < 4e-4 < 1 < change.std
     assert abs(_cosine(smollm2.path, tmp_path / "copy")) < 0.01
 
@@ -115,18 +133,18 @@ def test_permuted_and_extended_vocabulary(tiny, tmp_path):
     from transformers import AutoTokenizer
 
     before, after = (AutoTokenizer.from_pretrained(p) for p in (tiny["qwen2"], tmp_path / "copy"))
-    assert len(after) == len(before) + 37
-    text = "A sentence, with 3 parts.<|im_end|>"
+    assert len(after) >= 300 + 37
+    text = "The other sentence, with 3 parts.<end>"
     assert before.convert_ids_to_tokens(before(text).input_ids) == after.convert_ids_to_tokens(after(text).input_ids)
     vocabulary = after.get_vocab()
-    moved = sum(vocabulary[token] != index for token, index in before.get_vocab().items())
-    assert moved > 49000
+    moved = sum(vocabulary[token] != index for token, index in before.get_vocab().items() if index < 300)
+    assert moved > 250
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
-    assert config["vocab_size"] == 49152 + 37
+    assert config["vocab_size"] == 300 + 37
     assert after.convert_ids_to_tokens(config["eos_token_id"]) == before.convert_ids_to_tokens(2)
     with CheckpointReader(tiny["qwen2"]) as first, CheckpointReader(tmp_path / "copy") as second:
         name = "model.embed_tokens.weight"
-        ids = [5, 700, 49151]
+        ids = [5, 270, 290]
         assert first.rows(name, ids).equal(second.rows(name, after.convert_tokens_to_ids(before.convert_ids_to_tokens(ids))))
 
 
