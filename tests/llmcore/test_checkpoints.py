@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import struct
+import tempfile
 import threading
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
 
 from llmcore import gguf
 from llmcore.checkpoints import CheckpointError, CheckpointReader, MissingFile, MissingTensor
@@ -449,3 +454,39 @@ def test_gguf_file_of_each_kind(tmp_path, type_name):
         assert np.array_equal(whole.float().numpy().reshape(-1), gguf.dequantize_numpy(raw, type_name), equal_nan=True)
         assert _same(reader.rows("w", [2, 0]), whole[[2, 0]])
         assert reader.huggingface_names() == {}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_damaged_files_never_do_worse_than_an_error(data):
+    """Short form of tests/fuzz/fuzz_checkpoints.py: bytes of a valid file replaced, cut or doubled give a value or a CheckpointError."""
+    with tempfile.TemporaryDirectory() as folder:
+        is_gguf = data.draw(st.booleans())
+        path = Path(folder) / ("m.gguf" if is_gguf else "m.safetensors")
+        if is_gguf:
+            raw = bytearray(_gguf([("w", [64, 2], 2, 0), ("v", [8], 0, 96)], data=bytes(128)))
+        else:
+            raw = bytearray(save({"w": torch.ones(4, 6), "f.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
+                                  "f.weight_scale": torch.ones(2)}))
+        for _ in range(data.draw(st.integers(1, 3))):
+            at = data.draw(st.integers(0, len(raw) - 1))
+            match data.draw(st.sampled_from(["byte", "word", "cut", "double"])):
+                case "byte":
+                    raw[at] = data.draw(st.integers(0, 255))
+                case "word":
+                    word = data.draw(st.sampled_from([0, 1, 255, 1 << 31, 1 << 40, 1 << 63, (1 << 64) - 1]))
+                    raw[at:at + 8] = word.to_bytes(8, "little")
+                case "cut":
+                    del raw[max(at, 1):]
+                case "double":
+                    raw[at:at] = raw[at:at + 64]
+        path.write_bytes(raw)
+        message = str(path)
+        try:
+            with CheckpointReader(path) as reader:
+                for name in reader.names():
+                    with contextlib.suppress(CheckpointError):
+                        assert reader.read(name).shape == reader.shape(name)
+        except CheckpointError as error:
+            message = str(error)
+        assert str(path) in message

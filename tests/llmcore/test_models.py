@@ -29,9 +29,10 @@ def test_embedded_weights_equal_the_independent_reader(smollm2):
     for tensor in reader.tensors:
         if tensor.name.startswith("blk.") and tensor.name.split(".")[1] not in ("0", "13", "29"):
             continue
-        stored = torch.from_numpy(theirs.dequantize(tensor.data, tensor.tensor_type).copy())
-        stored = stored.reshape(tuple(int(n) for n in reversed(tensor.shape)))
-        loaded = state[names[tensor.name]]
+        part = slice(-2000, None)  # of the embedding, the last rows: the independent reader is slow
+        stored = torch.from_numpy(theirs.dequantize(tensor.data[part], tensor.tensor_type).copy())
+        loaded = state[names[tensor.name]][part]
+        assert tuple(reversed(tensor.shape.tolist())) == tuple(state[names[tensor.name]].shape)
         if heads := {"attn_q": 9, "attn_k": 3}.get(tensor.name.split(".")[-2]):
             loaded = loaded.reshape(heads, 2, 32, -1).swapaxes(1, 2).reshape(loaded.shape)
         assert torch.equal(loaded, stored), tensor.name
