@@ -781,7 +781,7 @@ class Batch:
         row.kept, row.first_logits, row.embeddings = False, None, torch.empty(0)
         self.rows = [other for other in self.rows if other is not row]
         if row.pool is not None:
-            row.pool.rows.remove(row)
+            row.pool.rows = [other for other in row.pool.rows if other is not row]
             row.pool = None
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 #include "native.h"
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "Native code of llmcore that is not tensors: GGUF block de-quantisation";
+    m.doc() = "Native code of llmcore that is not tensors: GGUF block de-quantisation, phrase automaton";
     llmcore::register_gguf_blocks(m);
+    llmcore::register_automaton(m);
 }

@@ -7,5 +7,6 @@
 namespace llmcore {
 
 void register_gguf_blocks(pybind11::module_& m);
+void register_automaton(pybind11::module_& m);
 
 }  // namespace llmcore
