@@ -23,6 +23,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -69,6 +70,7 @@ struct Tile {
   void (*finish_logits)(real*, int64_t, const real*, const Transform&);
   void (*row_statistics)(real*, int64_t, int, const Transform&, real*, uint16_t*, bool, RowSums&);
   void (*row_gradient)(real*, int64_t, const Transform&, const uint16_t*, real, real, real, real, bool);
+  void (*store_half_row)(const real*, int64_t, uint16_t*, Storage, bool);
   void (*scale_row)(real*, int64_t, real);
   void (*add_column_sums)(const real*, int64_t, int64_t, int64_t, real*);
 };
@@ -102,6 +104,8 @@ struct Scalar {
   static constexpr int kWidth = 1;
   static Scalar load(const T* p) { return {*p}; }
   void store(T* p) const { *p = v; }
+  static Scalar load_bfloat16(const uint16_t* p) { return {T(std::bit_cast<float>(uint32_t(*p) << 16))}; }
+  void store_bfloat16(uint16_t* p) const { *p = to_bfloat16(static_cast<float>(v)); }
   static Scalar set1(T x) { return {x}; }
   static Scalar fma(Scalar a, Scalar b, Scalar c) { return {a.v * b.v + c.v}; }
   static Scalar add(Scalar a, Scalar b) { return {a.v + b.v}; }
@@ -150,6 +154,18 @@ struct Avx2 {
   static constexpr int kWidth = 8;
   static Avx2 load(const float* p) { return {_mm256_loadu_ps(p)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
+  static Avx2 load_bfloat16(const uint16_t* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
+  }
+  // Round to nearest even; NaN gets its quiet bit so that the carry cannot turn it into an infinity.
+  void store_bfloat16(uint16_t* p) const {
+    const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    const __m256i chosen = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(chosen, chosen), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
   static Avx2 set1(float x) { return {_mm256_set1_ps(x)}; }
   static Avx2 fma(Avx2 a, Avx2 b, Avx2 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Avx2 add(Avx2 a, Avx2 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -186,6 +202,9 @@ struct Avx2 {
 static inline void half8(const uint16_t* from, float* to) {
   _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
+static inline void store_half8(const float* from, uint16_t* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 static inline void transpose8(const float* from, int64_t ld, float* to, int64_t ld_to) {
   __m256 r[8], t[8];
   for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * ld);
@@ -205,6 +224,7 @@ static inline void transpose8(const float* from, int64_t ld, float* to, int64_t 
   }
 }
 #define TILE_HALF8 half8
+#define TILE_STORE_HALF8 store_half8
 #define TILE_TRANSPOSE8 transpose8
 #define TILE_NAMESPACE avx2
 namespace avx2 {
@@ -225,6 +245,16 @@ struct Avx512 {
   static constexpr int kWidth = 16;
   static Avx512 load(const float* p) { return {_mm512_loadu_ps(p)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  static Avx512 load_bfloat16(const uint16_t* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
+  }
+  void store_bfloat16(uint16_t* p) const {
+    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(chosen));
+  }
   static Avx512 set1(float x) { return {_mm512_set1_ps(x)}; }
   static Avx512 fma(Avx512 a, Avx512 b, Avx512 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Avx512 add(Avx512 a, Avx512 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -271,6 +301,7 @@ constexpr int kMR = 12, kNR = 32;
 #pragma GCC pop_options
 #pragma GCC diagnostic pop
 #undef TILE_HALF8
+#undef TILE_STORE_HALF8
 #undef TILE_TRANSPOSE8
 
 #endif
@@ -367,6 +398,15 @@ real* optional_data(const std::optional<Tensor>& t) {
   return t ? static_cast<real*>(t->data_ptr()) : nullptr;
 }
 
+// First touch of hundreds of megabytes: large pages save most of the page faults.
+void prefer_large_pages([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), bytes = t.numel() * t.element_size();
+  const uintptr_t aligned = (begin + 4095) & ~uintptr_t(4095);
+  if (bytes > (1u << 22)) madvise(reinterpret_cast<void*>(aligned), begin + bytes - aligned, MADV_HUGEPAGE);
+#endif
+}
+
 // What both directions share: operands, the packed weight block and the wave of logits.
 template <typename real>
 struct Waves {
@@ -447,13 +487,7 @@ void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, con
   float* offset = optional_data<float>(offsets);
   real* u = optional_data<real>(direction);
   if (u != nullptr) std::fill(u, u + m * d, real(0));
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (resident) {  // first touch of hundreds of megabytes: large pages save most of the page faults
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(resident->data_ptr()), bytes = resident->numel() * (kept_half ? 2 : sizeof(real));
-    const uintptr_t aligned = (begin + 4095) & ~uintptr_t(4095);
-    if (bytes > (1u << 22)) madvise(reinterpret_cast<void*>(aligned), begin + bytes - aligned, MADV_HUGEPAGE);
-  }
-#endif
+  if (resident) prefer_large_pages(*resident);
   const int64_t chunk = w.threads <= 4 ? 128 : 64, chunks = (d + chunk - 1) / chunk;
   Buffer<real> weight_chunk(u != nullptr ? w.threads * kBlock * chunk : 0), weight_row(u != nullptr ? w.threads * d : 0);
 
@@ -504,24 +538,15 @@ void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, con
   }
 }
 
-// Round or add one row of a float32 / float64 gradient into the parameter's dtype.
+// Add or copy one row of a gradient into a buffer of its own kind of dtype (float32 or float64), or round it into a 16-bit one.
 template <typename real>
-void store_row(const real* row, int64_t n, void* out, ScalarType type, bool add) {
-  for (int64_t j = 0; j < n; ++j) {
-    if (type == ScalarType::BFloat16 || type == ScalarType::Half) {
-      uint16_t& at = static_cast<uint16_t*>(out)[j];
-      const bool brain = type == ScalarType::BFloat16;
-      const float old = !add ? 0.0f : brain ? std::bit_cast<float>(uint32_t(at) << 16) : half_to_float(at);
-      const float value = old + static_cast<float>(row[j]);
-      at = brain ? to_bfloat16(value) : float_to_half(value);
-    } else if (type == ScalarType::Float) {
-      float& at = static_cast<float*>(out)[j];
-      at = (add ? at : 0.0f) + static_cast<float>(row[j]);
-    } else {
-      double& at = static_cast<double*>(out)[j];
-      at = (add ? at : 0.0) + row[j];
-    }
-  }
+void store_row(const Tile<real>& k, const real* row, int64_t n, void* out, ScalarType type, bool add) {
+  if (type == ScalarType::BFloat16 || type == ScalarType::Half)
+    return k.store_half_row(row, n, static_cast<uint16_t*>(out), type == ScalarType::Half ? Storage::kHalf : Storage::kBFloat16, add);
+  const auto into = [&](auto* at) {
+    for (int64_t j = 0; j < n; ++j) at[j] = static_cast<std::remove_reference_t<decltype(*at)>>((add ? at[j] : 0) + row[j]);
+  };
+  type == ScalarType::Float ? into(static_cast<float*>(out)) : into(static_cast<double*>(out));
 }
 
 template <typename real>
@@ -553,6 +578,7 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
   // In the accumulation dtype the weight's gradient is summed in place, else in one block's buffer and rounded once.
   const bool in_place = needs_weight && weight_type == kType<real> && grad_weight->is_contiguous();
   const int64_t element = weight_type == ScalarType::Double ? 8 : weight_type == ScalarType::Float ? 4 : 2;
+  if (needs_weight && !accumulate_weight) prefer_large_pages(*grad_weight);
   Buffer<real> dw_block(needs_weight && !in_place ? kBlock * d : 0);
   const int64_t chunk = w.threads <= 4 ? 128 : 64, chunks = (d + chunk - 1) / chunk;
   Buffer<real> operand(w.threads * std::max(kBlock, kWave) * chunk), row_buffer(w.threads * chunk);
@@ -610,7 +636,7 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
         w.k.gemm_columns(w.columns, width, end - wave, w.z.get(), kLd, block, into, d, !first_wave || (in_place && accumulate_weight), false);
         if (!in_place && last)
           for (int64_t c = 0; c < w.columns; ++c)
-            store_row(into + c * d, width, static_cast<char*>(grad_weight->data_ptr()) + ((start + c) * grad_weight->stride(0) + first) * element, weight_type,
+            store_row(w.k, into + c * d, width, static_cast<char*>(grad_weight->data_ptr()) + ((start + c) * grad_weight->stride(0) + first) * element, weight_type,
                       accumulate_weight);
       });
     }

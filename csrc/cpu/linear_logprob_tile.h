@@ -48,7 +48,7 @@ inline void micro_edge(int rows, int64_t kc, const real* a, int64_t stride, cons
 template <bool kAlongK>
 void gemm(int64_t m, int64_t n, int64_t k, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate, bool padded) {
   // B's chunk of one panel and the lines of A that a register tile touches stay in the first-level cache together.
-  constexpr int64_t kChunk = kAlongK ? 256 : 128;
+  constexpr int64_t kChunk = 256;
   alignas(64) real edge[kMR * kNR];
   for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
     const int64_t kc = k - k0 < kChunk ? k - k0 : kChunk;
@@ -167,7 +167,7 @@ inline void row_statistics(real* z, int64_t n, int want, const Transform& t, rea
   }
   const Vec negative_max = Vec::set1(-m);
   Vec sum = Vec::set1(0), shifted = Vec::set1(0), squares = Vec::set1(0);
-  alignas(64) real e_lanes[w];
+  alignas(64) real lanes[w];
   const real chain = real(t.logit_scale / t.temperature);
   for (int64_t j = 0; j < whole; j += w) {
     const Vec x = Vec::load(z + j), delta = Vec::add(x, negative_max), e = Vec::exp(delta);
@@ -175,8 +175,12 @@ inline void row_statistics(real* z, int64_t n, int want, const Transform& t, rea
     if (want & kEntropy) shifted = Vec::fma(e, delta, shifted);
     if (want & kSumSq) squares = Vec::fma(e, e, squares);
     if (resident_half != nullptr) {
-      e.store(e_lanes);
-      for (int64_t q = 0; q < w && j + q < n; ++q) resident_half[j + q] = to_bfloat16(static_cast<float>(e_lanes[q]));
+      if (j + w <= n) {
+        e.store_bfloat16(resident_half + j);
+      } else {
+        e.store(lanes);
+        for (int64_t q = 0; j + q < n; ++q) resident_half[j + q] = to_bfloat16(static_cast<float>(lanes[q]));
+      }
     }
     if (direction) {
       Vec factor = Vec::set1(chain);
@@ -202,10 +206,15 @@ inline void row_gradient(real* z, int64_t n, const Transform& t, const uint16_t*
   for (int64_t j = 0; j < n; j += w) {
     Vec x, p;
     if (resident_half != nullptr) {
-      const int64_t columns = n - j < w ? n - j : w;
-      for (int64_t q = 0; q < w; ++q) lanes[q] = q < columns ? real(std::bit_cast<float>(uint32_t(resident_half[j + q]) << 16)) : real(0);
-      p = Vec::mul(Vec::load(lanes), Vec::set1(rescale));
+      if (j + w <= n) {
+        x = Vec::load_bfloat16(resident_half + j);
+      } else {
+        for (int64_t q = 0; q < w; ++q) lanes[q] = j + q < n ? real(std::bit_cast<float>(uint32_t(resident_half[j + q]) << 16)) : real(0);
+        x = Vec::load(lanes);
+      }
+      p = Vec::mul(x, Vec::set1(rescale));
       if (has_slope || t.softcap) {
+        x.store(lanes);
         for (int64_t q = 0; q < w; ++q) lanes[q] = lanes[q] > 0 ? std::log(lanes[q]) + offset : lse;
         x = Vec::load(lanes);
       }
@@ -223,6 +232,24 @@ inline void row_gradient(real* z, int64_t n, const Transform& t, const uint16_t*
   }
 }
 
+// One row of a gradient, rounded once into a 16-bit parameter's dtype, or added to what is there.
+inline void store_half_row(const real* row, int64_t n, uint16_t* out, Storage storage, bool add) {
+  int64_t j = 0;
+#if defined(TILE_STORE_HALF8)
+  for (; storage == Storage::kHalf && !add && j + 8 <= n; j += 8) TILE_STORE_HALF8(row + j, out + j);
+#endif
+  for (; storage == Storage::kBFloat16 && j + Vec::kWidth <= n; j += Vec::kWidth) {
+    const Vec value = Vec::load(row + j);
+    (add ? Vec::add(Vec::load_bfloat16(out + j), value) : value).store_bfloat16(out + j);
+  }
+  for (; j < n; ++j) {
+    const bool brain = storage == Storage::kBFloat16;
+    const float old = !add ? 0.0f : brain ? std::bit_cast<float>(uint32_t(out[j]) << 16) : half_to_float(out[j]);
+    const float value = old + static_cast<float>(row[j]);
+    out[j] = brain ? to_bfloat16(value) : float_to_half(value);
+  }
+}
+
 inline void scale_row(real* row, int64_t n, real factor) {
   for (int64_t j = 0; j < n; ++j) row[j] *= factor;
 }
@@ -234,6 +261,6 @@ inline void add_column_sums(const real* tile, int64_t ld, int64_t rows, int64_t 
 }
 
 inline constexpr Tile<real> kTile{kNR,        gemm<true>,     gemm<false>,  convert_row, pack_transposed, pack_row, finish_logits,
-                                  row_statistics, row_gradient, scale_row, add_column_sums};
+                                  row_statistics, row_gradient, store_half_row, scale_row, add_column_sums};
 
 }  // namespace TILE_NAMESPACE
