@@ -301,7 +301,7 @@ class Guard:
 
 def application(guard: Guard) -> Any:
     """The FastAPI application around a Guard."""
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
     from fastapi.responses import JSONResponse, StreamingResponse
 
     @contextlib.asynccontextmanager
@@ -333,7 +333,7 @@ def application(guard: Guard) -> Any:
             if len(data) > limit:
                 raise too_large
 
-    async def chat(request: Request) -> Any:
+    async def chat(request: Any) -> Any:
         try:
             guard.enter()
         except EndpointError as error:
@@ -357,7 +357,7 @@ def application(guard: Guard) -> Any:
             if not streaming:
                 guard.leave(ticket)
 
-    app.add_api_route("/v1/chat/completions", chat, methods=["POST"], response_model=None)
+    app.add_route("/v1/chat/completions", chat, methods=["POST"])  # the raw request: its body is read here, within limits
 
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
