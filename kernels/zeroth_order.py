@@ -34,7 +34,7 @@ QUERY_STREAM = 0x47435131
 SAMPLE_STREAM = 0x47435331
 _MASK = 0xFFFFFFFF
 
-backends.declare("zeroth_order", torch=None, cpp="llmcore::zeroth_order_perturb")
+backends.declare("zeroth_order", torch=None, cpp="llmcore::zeroth_order_perturb", triton=None, cuda="llmcore::zeroth_order_perturb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +150,12 @@ def _table(seeds: torch.Tensor, num_directions: int, dim: int, kind: str, dtype:
     return rows.to(dtype)
 
 
+@functools.lru_cache(maxsize=4)
+def _shared_table(seed: int, num_directions: int, dim: int, kind: str, backend: str) -> torch.Tensor:
+    """The CPU directions of one shared seed, kept between calls: every query of a guard adds the same rows. Never handed to a caller."""
+    return _table(_seed_tensor(seed), num_directions, dim, kind, torch.float32, backend)
+
+
 def _perturb_into(embeddings: torch.Tensor, token_mask: torch.Tensor, seeds: torch.Tensor, num_directions: int, smoothing: float, kind: str,
                   out: torch.Tensor, backend: str) -> None:
     if out.numel() == 0:
@@ -161,7 +167,10 @@ def _perturb_into(embeddings: torch.Tensor, token_mask: torch.Tensor, seeds: tor
         table = _table(seeds, num_directions, embeddings.shape[2], kind, torch.float32, backend) if stored else None
         zeroth_order_triton.perturb(embeddings, token_mask, seeds, table, smoothing, kind, out)
         return
-    table = _table(seeds, num_directions, embeddings.shape[2], kind, torch.float32, backend)
+    if seeds.numel() == 1 and seeds.device.type == "cpu" and num_directions * embeddings.shape[2] <= 2**20:
+        table = _shared_table(int(seeds), num_directions, embeddings.shape[2], kind, backend)
+    else:
+        table = _table(seeds, num_directions, embeddings.shape[2], kind, torch.float32, backend)
     if backend == "reference":
         out.copy_(perturb_embeddings_reference(embeddings, token_mask, table, smoothing))
     elif backend == "torch":
@@ -286,7 +295,8 @@ def perturb_embeddings(embeddings: torch.Tensor, token_mask: torch.Tensor, *, se
 
     Returns: (B, P, T, D). Differentiable in `embeddings` when `out` is None.
     Raises: ValueError: shapes, sizes, a mask with an empty query (checked for CPU tensors), smoothing <= 0. TypeError: dtypes.
-    Memory: beyond the output S·P·D·4 bytes (directions) on CPU, nothing on GPU for Gaussian kinds.
+    Memory: beyond the output S·P·D·4 bytes (directions) on CPU, where those of one shared seed stay cached; nothing on GPU for Gaussian
+        and antithetic kinds.
     Example:
         embeddings = torch.randn(1, 7, 64); mask = torch.arange(7)[None] >= 3
         batch = torch.empty(1, 1 + 10, 7, 64); batch[:, 0] = embeddings
