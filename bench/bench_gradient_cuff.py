@@ -197,7 +197,8 @@ def attack_rows(model: Any, published_seconds: float, threshold: float = 100.0) 
                 "rejected": verdict.rejected,
                 "stage": verdict.stage,
                 "seconds": seconds,
-                "ratio": published_seconds / seconds,
+                # the published flow, too, ends after stage 1 when that rejects: only later stages compare with a run of both
+                "ratio": None if verdict.stage == "stage1" else published_seconds / seconds,
                 "decode_rows": verdict.score.decode_rows,
                 "prompt_tokens": verdict.score.prompt_tokens,
                 "full_counts": full.score.counts,
@@ -327,6 +328,18 @@ def speed(model: Any) -> dict[str, Any]:
     print(result["step"], flush=True)
     result["attack"] = attack_rows(model, float(np.median(result["cases"][0]["published_seconds"])))
     return result
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The README table of a speed result."""
+    lines = [f"{content['model']}, N = P = 10, both stages run, a prompt that never refuses; CPU seconds for a query.", "",
+             "| user tokens | published flow | llmcore | ratio |", "|---:|---:|---:|---:|"]
+    for case in content["cases"]:
+        lines.append(f"| {case['user_tokens']} | {np.median(case['published_seconds']):.1f} | {np.median(case['seconds']):.1f} "
+                     f"| 1/{case['ratio']:.1f} |")
+    step = content["step"]
+    return "\n".join(lines) + (f"\n\nA decode step at {content['cases'][-1]['user_tokens']} user tokens costs {step['ratio']:.2f}x one at "
+                              f"{content['cases'][0]['user_tokens']}.")
 
 
 def main(what: str) -> None:

@@ -124,6 +124,23 @@ def show(content: dict[str, Any]) -> None:
         print(f"{name:32} missing: {reason}")
 
 
+def markdown(content: dict[str, Any]) -> str:
+    """The README tables of one result file: a table for each shape and dtype, what could not run below it."""
+    parts = []
+    for table in content["tables"]:
+        shape = table["shape"]
+        lines = [f"**{table['dtype']}, {shape['rows']} scored rows of {shape['batch'] * shape['length']}, D = {shape['hidden_size']}, "
+                 f"V = {shape['vocab_size']}** (3-unit GEMM floor {table['gemm_floor_ms_3_units']:.0f} ms)", "",
+                 "| path | median ms [p20, p80] | of its GEMM floor | against fastest peer | scratch MiB |", "|---|---:|---:|---:|---:|"]
+        for name, row in sorted(table["results"].items(), key=lambda item: item[1]["median_ms"]):
+            scratch = f"{row['scratch_bytes'] / 2**20:.0f}" if "scratch_bytes" in row else ""
+            lines.append(f"| {name} | {row['median_ms']:.0f} [{row['p20_ms']:.0f}, {row['p80_ms']:.0f}] | {row['share_of_gemm_floor']:.2f} "
+                         f"| {row.get('ratio_to_fastest_peer', float('nan')):.2f} | {scratch} |")
+        lines += [f"\n{name}: did not run ({reason})." for name, reason in table["missing"].items()]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def test_linear_logprob():
     """The small shape beside every peer that runs here."""
     show(measure(peers.Problem("small", **SHAPES["small"], dtype="float32"), rounds=3, only=None, memory=False))

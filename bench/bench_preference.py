@@ -67,6 +67,18 @@ def whole_step(which: str, adapter: str) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
+def markdown(content: dict[str, Any]) -> str:
+    """The README table of one whole-step result."""
+    lines = [f"{content['model']}, {content['pairs']} pairs, {content['tokens']} tokens a step.", "",
+             "| step | median ms [p20, p80] | tokens/s | peak memory above the model, MiB |", "|---|---:|---:|---:|"]
+    for name, row in content["rows"].items():
+        lines.append(f"| {name} | {row['median_ms']:.0f} [{row['p20_ms']:.0f}, {row['p80_ms']:.0f}] | {row['tokens_per_second']:.0f} "
+                     f"| {row['peak_bytes'] / 2**20:.0f} |")
+    ratios = content["ratios"]
+    return "\n".join(lines) + (f"\n\nllmcore over TRL: {ratios['tokens_per_second_over_trl']:.2f}x the tokens/s, "
+                              f"{ratios['peak_memory_over_trl']:.2f}x the memory.")
+
+
 def test_whole_step_beside_trl(adapter):
     steps = {name: whole_step(name, adapter) for name in ("trl", "llmcore")}
     first = {name: step() for name, step in steps.items()}

@@ -1,7 +1,8 @@
 """Fill the result tables of README.md and docs/*.md from the committed result files.
 
-A page marks a place with `<!-- results NAME -->` … `<!-- end -->`; what lies between is replaced by `bench_NAME.markdown(content)` for each
-bench/results/<device>/NAME.json, under one line that says device, versions, commit and date. A table that no run produced is not written.
+A page marks a place with `<!-- results NAME -->` … `<!-- end -->`; what lies between is replaced, for each
+bench/results/<device>/NAME.json, by `markdown(content)` of the bench whose name NAME starts with (bench_preference.py serves
+preference_step_lora), under one line that says device, versions, commit and date. A table that no run produced is not written.
 
     python bench/render.py [--check]        --check changes nothing and fails when a page is not up to date
 """
@@ -21,11 +22,13 @@ PLACE = re.compile(r"(<!-- results (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def tables(name: str) -> str:
     """Every device's table of one bench."""
-    module = importlib.import_module(f"bench_{name}")
+    benches = [path.stem for path in (ROOT / "bench").glob("bench_*.py") if f"bench_{name}_".startswith(f"{path.stem}_")]
+    module = importlib.import_module(max(benches, key=len))
     parts = []
     for path in sorted((ROOT / "bench" / "results").glob(f"*/{name}.json")):
         content = json.loads(path.read_text())
-        versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
+        stated = content.get("versions") or {package: content[package] for package in ("torch", "transformers")}
+        versions = ", ".join(f"{package} {version}" for package, version in stated.items())
         threads = f", {content['threads']} threads" if "threads" in content else ""
         head = f"{content['device']}{threads}; {versions}; commit {content['commit']}, {content['date']}."
         parts.append(f"{head}\n\n{module.markdown(content)}")
