@@ -204,7 +204,7 @@ def attack_rows(model: Any, published_seconds: float, threshold: float = 100.0) 
                 "full_counts": full.score.counts,
             }
         )
-        print(f"{query!r}: {verdict.stage} in {seconds:.2f} s, 1/{rows[-1]['ratio']:.0f}", flush=True)
+        print(f"{query!r}: {verdict.stage} in {seconds:.2f} s", flush=True)
     return rows
 
 
