@@ -1,0 +1,181 @@
+"""Saliency of a whole model beside the two things it is compared with: eager attention with every matrix and its gradient kept, and plain
+flash attention forward + backward without any saliency. One process, interleaved rounds; peak memory in fresh processes.
+
+    python -m pytest bench/bench_saliency_flow.py -s                  n = 256 (about a minute)
+    python bench/bench_saliency_flow.py [--sizes 256,1024,2048] [--long 8192] [--rounds 3] [--save]
+
+All three freeze the parameters, keep logits at the last token only and sum the same three segments, so the difference is saliency alone.
+FLOP of the bins: 2·n²·d·H a layer (two products, causal half). Floor: those FLOP at the rate of the library's float32 product on this
+machine, measured in the same run; the exponentials are meant to hide behind the products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import harness
+import torch
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64  # SmolLM2-135M
+
+
+def _segments(n: int) -> dict[str, tuple[int, int]]:
+    return {"question": (0, n // 2), "prompt": (n // 2, n // 2 + 16), "rationale": (n // 2 + 16, n)}
+
+
+def build(way: str, n: int, model: Any = None) -> Callable[[], Any]:
+    """The step of one way on n tokens of text-like ids; a tiny pass has run before."""
+    from llmcore.models import load_model
+
+    language_model = model or load_model("smollm2", device="cpu", dtype=torch.float32)
+    network = language_model.model
+    generator = torch.Generator().manual_seed(0)
+
+    def inputs(length: int) -> tuple[torch.Tensor, int]:
+        return torch.randint(1000, 20000, (1, length), generator=generator), 1234
+
+    def plain(length: int, attentions: bool) -> Any:
+        ids, target = inputs(length)
+        flags = [p.requires_grad for p in network.parameters()]
+        network.requires_grad_(False)
+        before = network.config._attn_implementation
+        network.set_attn_implementation("eager" if attentions else "sdpa")
+        leaf = network.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.detach().requires_grad_())
+        try:
+            out = network(input_ids=ids, use_cache=False, logits_to_keep=1, output_attentions=attentions)
+            for a in out.attentions or ():
+                a.retain_grad()
+            torch.nn.functional.cross_entropy(out.logits[:, -1].float(), torch.tensor([target])).backward()
+            if not attentions:
+                return None
+            labels = torch.empty(length, dtype=torch.long)
+            for index, (start, end) in enumerate(_segments(length).values()):
+                labels[start:end] = index
+            onehot = torch.nn.functional.one_hot(labels, 3).float()
+            return torch.stack([onehot.T @ (a[0] * a.grad[0]).abs() @ onehot for a in out.attentions])
+        finally:
+            leaf.remove()
+            network.set_attn_implementation(before)
+            for parameter, flag in zip(network.parameters(), flags, strict=True):
+                parameter.requires_grad_(flag)
+
+    def ours(length: int, checkpoint: bool) -> Any:
+        from llmcore.attention import FlowRecorder
+
+        ids, target = inputs(length)
+        return (
+            FlowRecorder(network, _segments(length), checkpoint=checkpoint).run(ids, target_positions=length - 1, target_ids=target).sums[0]
+        )
+
+    def step(length: int = n) -> Any:
+        generator.manual_seed(length)
+        return ours(length, way == "llmcore recomputed") if way.startswith("llmcore") else plain(length, way == "eager")
+
+    step(48)
+    return step
+
+
+def kernel(n: int) -> Callable[[], Any]:
+    """The bins of all layers alone."""
+    from llmcore.kernels.saliency_flow import attention_with_lse, saliency_flow
+
+    q, do = torch.randn(1, HEADS, n, HEAD_DIM), torch.randn(1, HEADS, n, HEAD_DIM)
+    k, v = torch.randn(1, KV_HEADS, n, HEAD_DIM), torch.randn(1, KV_HEADS, n, HEAD_DIM)
+    _, lse = attention_with_lse(q, k, v)
+    ids = (torch.arange(n)[None] * 3) // n
+
+    def step() -> None:
+        for _ in range(LAYERS):
+            saliency_flow(q, k, v, do, lse, ids, num_row_segments=3, num_col_segments=3)
+
+    return step
+
+
+def flop(n: int) -> float:
+    return 2.0 * n * n * HEAD_DIM * HEADS * LAYERS
+
+
+def measure(n: int, *, rounds: int, model: Any, memory: bool) -> dict[str, Any]:
+    steps = {way: build(way, n, model) for way in ("flash, no saliency", "llmcore", "eager")}
+    truth, got = steps["eager"](), steps["llmcore"]()
+    error = ((got - truth).abs().max() / truth.abs().max()).item()
+    if not error < 1e-4:
+        raise RuntimeError(f"n = {n}: bins differ from eager attention by {error:.1e} of the largest; no times for a wrong result")
+    gemm = harness.gemm_step(2048, 2048, 2048, torch.float32)
+    rows = harness.interleaved({**steps, "bins alone": kernel(n), "product 2048^3": gemm}, rounds=rounds, slow_rounds=max(1, rounds - 1))
+    rate = 2 * 2048**3 / rows["product 2048^3"]["median_ms"] / 1e6
+    flash, total, eager, bins = (rows[name]["median_ms"] for name in ("flash, no saliency", "llmcore", "eager", "bins alone"))
+    peaks = {name: harness.peak_memory(build, (name, n), warm=False) for name in steps} if memory else {}
+    result = {
+        "n": n, "rows": rows, "peak_bytes": peaks, "error_of_largest_bin": error, "bins_flop": flop(n), "product_gflops": rate,
+        "bins_gflops": flop(n) / bins / 1e6, "bins_share_of_floor": flop(n) / bins / 1e6 / rate,
+        "added_over_flash_vs_eager": (total - flash) / (eager - flash), "total_vs_eager": total / eager, "total_vs_flash": total / flash,
+    }  # fmt: skip
+    if peaks:
+        result["extra_memory_over_flash"] = peaks["llmcore"] / peaks["flash, no saliency"] - 1
+        result["eager_memory_vs_flash"] = peaks["eager"] / peaks["flash, no saliency"]
+    return result
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(f"\nn = {result['n']}, bins differ from eager by {result['error_of_largest_bin']:.1e} of the largest")
+    for name, row in result["rows"].items():
+        peak = result["peak_bytes"].get(name)
+        print(
+            f"  {name:<20} {row['median_ms']:10.1f} ms [{row['p20_ms']:.1f} {row['p80_ms']:.1f}]  "
+            f"{f'{peak / 2**20:8.0f} MiB' if peak else ''}"
+        )
+    for name in ("bins_gflops", "product_gflops", "bins_share_of_floor", "added_over_flash_vs_eager", "total_vs_eager", "total_vs_flash",
+                 "extra_memory_over_flash", "eager_memory_vs_flash"):  # fmt: skip
+        if name in result:
+            print(f"  {name:<28} {result[name]:.3f}")
+
+
+def run(sizes: list[int], long: int | None, rounds: int, *, memory: bool = True, save: bool = False) -> dict[str, Any]:
+    from llmcore.models import load_model
+
+    model = load_model("smollm2", device="cpu", dtype=torch.float32)
+    results: dict[str, Any] = {"shapes": []}
+    if long:
+        step = build("llmcore recomputed", long, model)
+        begin = time.perf_counter()
+        sums = step()
+        results["long"] = {
+            "n": long,
+            "way": "llmcore recomputed",
+            "seconds": time.perf_counter() - begin,
+            "finite": bool(sums.isfinite().all()),
+        }
+        print(f"n = {long}, layers recomputed: {results['long']['seconds']:.1f} s, one run", flush=True)
+        if save:
+            harness.save("saliency_flow_long", results["long"])
+    for n in sizes:
+        results["shapes"].append(measure(n, rounds=max(1, rounds if n < 2048 else rounds - 1), model=model, memory=memory))
+        _print(results["shapes"][-1])
+        sys.stdout.flush()
+        if save:
+            harness.save("saliency_flow", results)
+    return results
+
+
+def test_saliency_flow_small():
+    results = run([256], None, 3)
+    assert results["shapes"][0]["total_vs_eager"] < 2
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="256,1024,2048")
+    parser.add_argument("--long", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    run([int(x) for x in options.sizes.split(",") if x], options.long or None, options.rounds, save=options.save)
