@@ -16,7 +16,6 @@ Bound: two products, 2·n²·d·H FLOP a layer when causal, and n²·H/2 exponen
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +34,7 @@ KINDS = ("abs", "signed", "pos", "attn")  # bits 0..3 of the operators' `outputs
 HEADSUM, ROW_BINS, COLUMN_BINS, MATRIX = 16, 32, 64, 128
 MATRIX_LIMIT = 1 << 26  # entries of `matrix` beyond which it must be asked for as "large_matrix"
 
-backends.declare("saliency_flow", cpp="llmcore::saliency_flow_fwd", triton=None, torch=None)
+backends.declare("saliency_flow", cpp="llmcore::saliency_flow_fwd", torch=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,33 +320,6 @@ if backends.extension_error() is None:
     torch.library.register_fake("llmcore::saliency_flow_fwd", _shapes)
 
 
-@torch.library.custom_op("llmcore::saliency_flow_triton", mutates_args=())
-def _saliency_flow_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    lse: Tensor,
-    low: Tensor,
-    high: Tensor,
-    diagonal: Tensor | None,
-    key_valid: Tensor | None,
-    row_segment: Tensor,
-    column_segment: Tensor,
-    pairs: Tensor,
-    scale: float,
-    softcap: float,
-    outputs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    launcher = importlib.import_module("llmcore.kernels.saliency_flow_triton")
-    return launcher.saliency_flow_fwd(
-        query, key, value, grad, lse, low, high, diagonal, key_valid, row_segment, column_segment, pairs, scale, softcap, outputs
-    )
-
-
-_saliency_flow_triton.register_fake(_shapes)
-
-
 def _names(outputs: Sequence[str]) -> set[str]:
     if isinstance(outputs, str):
         raise TypeError(f"outputs must be a sequence of names, got the string {outputs!r}; pass ({outputs!r},)")
@@ -363,7 +335,7 @@ def _names(outputs: Sequence[str]) -> set[str]:
 def _backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
     refused = {}
     if dtype == torch.float64:
-        refused = {name: f"it sums in float32 and {dtype} was given; use backend='torch'" for name in ("cpp", "triton", "cuda")}
+        refused = {"cpp": f"it sums in float32 and {dtype} was given; use backend='torch'"}
     return backends.choose("saliency_flow", backend, torch.device(device_type), refused)
 
 
@@ -431,7 +403,7 @@ def saliency_flow(
         outputs: names among "abs", "signed", "pos", "attn", "headsum_abs", "row_by_seg", "col_by_seg", "row_sum", "col_sum", "matrix"
             ("large_matrix" beyond 2^26 entries).
         exclude_diagonal: drop the pairs of a token with itself from sums and both counts.
-        backend: "auto", "cpp", "triton", "torch" (blocked), "reference".
+        backend: "auto", "cpp" (CPU tensors), "torch" (blocked; every device), "reference".
 
     Returns:
         SaliencyFlow. Deterministic, and independent of the other sequences of the batch.
@@ -542,7 +514,7 @@ def saliency_flow(
     code |= MATRIX * ("matrix" in chosen)
     if code & (ROW_BINS | COLUMN_BINS | MATRIX):
         code |= 1
-    operator = {"cpp": "saliency_flow_fwd", "torch": "saliency_flow_blocked", "triton": "saliency_flow_triton"}[serving]
+    operator = {"cpp": "saliency_flow_fwd", "torch": "saliency_flow_blocked"}[serving]
     accumulation = torch.float64 if query.dtype == torch.float64 else torch.float32
     flat = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, grad_output)]
     bins, headsum, row_bins, column_bins, matrix = getattr(torch.ops.llmcore, operator)(
