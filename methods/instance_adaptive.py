@@ -49,12 +49,17 @@ CANDIDATES = (
 FLOWS = (("question", "prompt"), ("question", "rationale"), ("prompt", "rationale"))  # (read, reader): I_qp, I_qr, I_pr
 PLAIN_TEMPLATE = "Q: {q}\nA: {p}"
 
-_NUMBER = r"[-+]?\s*[$€£]?\s*\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?\s*%?"
-_CUE = r"(?:answer\s*(?:is|:|=)|####|\\boxed\s*\{|=(?=[^=\n]*\.?\s*(?:\n|$)))\s*(?:is\s+|:\s*)?"
-PATTERNS = {  # answer family -> expression whose group 1 is the answer; a cue is required, a delimiter must follow (never "1" of "18")
-    "number": re.compile(rf"(?i){_CUE}[^\d\n+\-$€£]{{0,20}}({_NUMBER})(?![\d])"),
-    "option": re.compile(r"(?i)(?:answer\s*(?:is|:)|####|\\boxed\s*\{)\s*(?:option\s+)?\(?([A-Z])(?![A-Za-z'])"),
-    "yesno": re.compile(r"(?i)(?:answer\s*(?:is|:)|####|\\boxed\s*\{)\s*\W{0,3}(yes|no|true|false|valid|invalid)\b"),
+_NUMBER = r"[-+]?[^\S\n]*[$€£]?[^\S\n]*\d[\d,]*(?:\.\d+)?(?:[^\S\n]*/[^\S\n]*\d+)?(?:[^\S\n]*%)?"
+_CUE = r"(?:answer\s*(?:is|:|=)|####|\\boxed\s*\{)\s*(?:is\b|:)?"
+_END = r"(?=[^\d=\n]*(?:\n|$))"  # nothing but a unit or a full stop behind it
+# answer family -> expression with one filled group, the answer; a cue is required, a delimiter must follow (never "1" of "18")
+PATTERNS = {
+    # "=" is a cue only at the end of a line whose left side computes ("3 + 4 = 7"): "x = 3, y = 4" states what is given
+    "number": re.compile(
+        rf"(?i){_CUE}[^\d\n+\-$€£]{{0,20}}({_NUMBER})(?!\d)|[\d)%]\s*[-+*/x×÷^][^=\n]*=[^\S\n]*({_NUMBER})(?!\d){_END}"
+    ),
+    "option": re.compile(r"(?i)(?:answer\s*(?:is|:)|####|\\boxed\s*\{)\s*(?:is\b|:)?\s*(?:option\s+)?\(?([A-Z])(?![A-Za-z'])"),
+    "yesno": re.compile(r"(?i)(?:answer\s*(?:is|:)|####|\\boxed\s*\{)\s*(?:is\b|:)?\W{0,3}(yes|no|true|false|valid|invalid)\b"),
 }
 
 
@@ -140,6 +145,15 @@ class IAPResult:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
+    @classmethod
+    def from_json(cls, stored: str | dict[str, Any]) -> IAPResult:
+        """The result that `to_json` wrote; JSON knows no tuples, so the flows become tuples again."""
+        fields = json.loads(stored) if isinstance(stored, str) else dict(stored)
+        fields["per_candidate"] = [
+            Scored(**{**one, "flows": None if one["flows"] is None else tuple(one["flows"])}) for one in fields["per_candidate"]
+        ]
+        return cls(**fields)
+
 
 def find_answer(text: str, family: str | Callable[[str], tuple[int, int] | None], *, last_number: bool = False) -> tuple[int, int] | None:
     """(start, end) of the answer in the finished text: the last match behind a cue, or None."""
@@ -150,10 +164,10 @@ def find_answer(text: str, family: str | Callable[[str], tuple[int, int] | None]
         matches = list(re.finditer(rf"({_NUMBER})(?!\d)", text))
     if not matches:
         return None
-    start, end = matches[-1].span(1)
+    start, end = matches[-1].span(matches[-1].lastindex or 0)
     while start < end and text[start] in " +$€£":
         start += 1
-    return start, start + len(text[start:end].rstrip(" ,"))
+    return start, start + len(text[start:end].rstrip(" ,\n"))
 
 
 def normalise(answer: str) -> str:
@@ -432,7 +446,7 @@ class InstanceAdaptivePrompting:
         for question in questions:
             if question in known:
                 stored = known[question]
-                results.append(IAPResult(**{**stored, "per_candidate": [Scored(**one) for one in stored["per_candidate"]]}))
+                results.append(IAPResult.from_json(stored))
                 continue
             try:
                 result: IAPResult | dict[str, str] = self.answer(question)

@@ -23,13 +23,14 @@ ENDINGS = (" Tom has 3 + 2 apples. The answer is 5.", " we count the apples one 
 
 
 @pytest.mark.parametrize(("text", "family", "expected"), [
-    ("So 7 + 11 is large. The answer is 18.", "number", "18"), ("The answer is $1,250.50 in all", "number", "1,250.50"), ("x = 3, y = "
-     "4", "number", None),
-    ("total: 3 + 4 = 7\n", "number", "7"), ("#### -42", "number", "-42"), ("answer is 3. No, the answer is 4.", "number", "4"), ("We "
-                                                                           "saw 12 cows.", "number", None),
-    ("The answer is (B).", "option", "B"), ("The answer is: c)", "option", "c"), ("Apples are good.", "option", None), ("The answer "
-        "is valid.", "yesno", "valid"),
-    ("Answer: No", "yesno", "No"), ("The answer is \\boxed{12}", "number", "12"),
+    ("So 7 + 11 is large. The answer is 18.", "number", "18"), ("The answer is $1,250.50 in all", "number", "1,250.50"),
+    ("x = 3, y = 4", "number", None), ("total: 3 + 4 = 7\n", "number", "7"), ("3 x $4 = $12 in all.\nGood.", "number", "12"),
+    ("Then 3 + 4 = 7 and x = 9", "number", None), ("half: 1 / 8 = 12.5 %", "number", "12.5 %"), ("#### -42", "number", "-42"),
+    ("answer is 3. No, the answer is 4.", "number", "4"), ("We saw 12 cows.", "number", None),
+    ("The answer is \\boxed{12}", "number", "12"), ("The answer is: 18", "number", "18"), ("The answer is\n", "number", None),
+    ("The answer is (B).", "option", "B"), ("The answer is: c)", "option", "c"), ("Answer: D", "option", "D"),
+    ("Apples are good.", "option", None), ("The answer is Apples", "option", None),
+    ("The answer is valid.", "yesno", "valid"), ("Answer: No", "yesno", "No"),
 ])  # fmt: skip
 def test_answers_need_a_cue_and_come_whole(text, family, expected):
     span = find_answer(text, family)
