@@ -125,6 +125,23 @@ def measure(n: int, *, rounds: int, model: Any, memory: bool) -> dict[str, Any]:
     return result
 
 
+def markdown(content: dict[str, Any]) -> str:
+    """The README table of one result file."""
+    lines = [f"SmolLM2-135M, float32, one sequence, three segments; product of matrices on this machine: "
+             f"{content['shapes'][-1]['product_gflops']:.0f} GFLOP/s.", "",
+             "| n | step | median ms [p20, p80] | rounds | peak MiB | of eager's time |", "|---:|---|---:|---:|---:|---:|"]
+    for shape in content["shapes"]:
+        eager = shape["rows"]["eager"]["median_ms"]
+        for name in ("flash, no saliency", "llmcore", "eager"):
+            row, peak = shape["rows"][name], shape["peak_bytes"].get(name)
+            lines.append(f"| {shape['n']} | {name} | {row['median_ms']:.0f} [{row['p20_ms']:.0f}, {row['p80_ms']:.0f}] | {row['rounds']} "
+                         f"| {'' if peak is None else f'{peak / 2**20:.0f}'} | {row['median_ms'] / eager:.2f} |")
+    last = content["shapes"][-1]
+    return "\n".join(lines) + (f"\n\nAt n = {last['n']}: time added over flash {last['added_over_flash_vs_eager']:.2f} of what eager adds; bins at "
+                              f"{last['bins_share_of_floor']:.2f} of the matrix product's rate; largest difference from eager "
+                              f"{last['error_of_largest_bin']:.0e} of the largest bin.")  # fmt: skip
+
+
 def _print(result: dict[str, Any]) -> None:
     print(f"\nn = {result['n']}, bins differ from eager by {result['error_of_largest_bin']:.1e} of the largest")
     for name, row in result["rows"].items():
