@@ -10,6 +10,7 @@ import sys
 
 # group or command -> (module in llmcore.commands, one line of help). A module exposes `app`, a typer.Typer.
 COMMANDS = {
+    "align": ("align", "train on preference data, or score it"),
     "doctor": ("doctor", "device, backends, versions, what is missing and the command that mends it"),
     "guard": ("guard", "Gradient Cuff: calibrate, check prompts, serve a guarded OpenAI-compatible endpoint"),
 }
