@@ -392,6 +392,7 @@ class CheckpointReader:
             if file.size > _MAX_JSON:  # the index of a model with very many tensors
                 value = dict(_flat_records(text, lambda field, problem: CheckpointError(f"{path}: {field}: {problem}"), limit=_MAX_HEADER))
             else:
+                _refuse_deep_nesting(text)
                 value = json.loads(text, object_pairs_hook=_unique_pairs)
         except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
@@ -492,6 +493,7 @@ def _flat_records(text: str, fail: Any, *, limit: int) -> Iterable[tuple[str, di
             name = json.loads(key[0])
             if record is None or (record.end() - start > limit and name != "__metadata__"):
                 raise fail(f"tensor {short(name)}", f"record at character {start} is not a flat object of at most {limit} characters")
+            _refuse_deep_nesting(record[0])
             value = {} if record.end() - start > limit else json.loads(record[0], object_pairs_hook=_unique_pairs)
         except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
@@ -504,6 +506,21 @@ def _flat_records(text: str, fail: Any, *, limit: int) -> Iterable[tuple[str, di
         if not text.startswith(",", position):
             raise fail("header", f"malformed JSON at character {position}")
         position = skip(position + 1)
+
+
+def _refuse_deep_nesting(text: str, limit: int = 200) -> None:
+    """Raise ValueError for brackets nested deeper than `limit`.
+
+    The parser recurses in C; a process that raised Python's recursion limit (compilers do) would overflow the stack instead of raising.
+    """
+    depth = 0
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
+        if token[0] in "[{":
+            depth += 1
+            if depth > limit:
+                raise ValueError(f"nested deeper than {limit} at character {token.start()}")
+        elif token[0] in "]}":
+            depth -= 1
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
