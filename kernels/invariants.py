@@ -21,6 +21,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from llmcore.kernels import backends
@@ -107,22 +109,39 @@ def _pair(a_left: torch.Tensor, a_right: torch.Tensor, b_left: torch.Tensor, b_r
     return _pair_torch(a_left, a_right, b_left, b_right)
 
 
-def _direct(left_a: torch.Tensor, right_a: torch.Tensor, left_b: torch.Tensor, right_b: torch.Tensor, backend: str) -> torch.Tensor:
-    a, b = left_a @ right_a.mT, left_b @ right_b.mT
-    if backend == "cpp":
+def _operator(name: str, function: Callable) -> Any:
+    """Register `function` as an operator for tracing and autograd. Plain calls go to the function itself: the first call of such an
+    operator loads the compiler, 150 MB and two seconds that a comparison of two files does not need."""
+    return torch.library.custom_op(name, function, mutates_args=())
+
+
+def _traced(*tensors: torch.Tensor) -> bool:
+    """Whether a call has to go through the registered operator: under torch.compile, or when a gradient is wanted."""
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def stored_sums(a: torch.Tensor, b: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """(5,) float64: Σa, Σb, Σa², Σb², Σab over two stored tensors of one shape and dtype, without float64 copies of them."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        raise ValueError(f"b must be {tuple(a.shape)} of {a.dtype} on {a.device} like a, got {tuple(b.shape)} of {b.dtype} on {b.device}")
+    chosen = _serve(backend, a)
+    a, b = _widen(chosen, a.contiguous(), b.contiguous())
+    if chosen == "cpp":
         return torch.ops.llmcore.invariants_pair_sums(a, b)
-    if backend == "reference":
-        a, b = a.double(), b.double()
-        return torch.stack([a.sum(), b.sum(), (a * a).sum(), (b * b).sum(), (a * b).sum()])
-    if backend == "triton":
+    if chosen == "triton":
         from llmcore.kernels import invariants_triton
 
         return invariants_triton.stored_sums(a, b)
+    block = a.numel() if chosen == "reference" else 1 << 20
     total = torch.zeros(5, dtype=torch.float64, device=a.device)
-    for x, y in zip(a.split(512), b.split(512), strict=True):
+    for x, y in zip(a.reshape(-1).split(max(1, block)), b.reshape(-1).split(max(1, block)), strict=True):
         x, y = x.double(), y.double()
         total += torch.stack([x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
     return total
+
+
+def _direct(left_a: torch.Tensor, right_a: torch.Tensor, left_b: torch.Tensor, right_b: torch.Tensor, backend: str) -> torch.Tensor:
+    return stored_sums(left_a @ right_a.mT, left_b @ right_b.mT, backend=backend)
 
 
 _MAX_CANCELLATION = 16.0
@@ -137,8 +156,7 @@ def _cancellation(gram_sums: torch.Tensor) -> float:
     return float((gram_sums[2] * gram_sums[3]).sqrt() / gram_sums[4].abs().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-@torch.library.custom_op("llmcore::invariant_sums", mutates_args=())
-def _sums_op(left_a: torch.Tensor, right_a: torch.Tensor, left_b: torch.Tensor, right_b: torch.Tensor, algorithm: str,
+def _sums(left_a: torch.Tensor, right_a: torch.Tensor, left_b: torch.Tensor, right_b: torch.Tensor, algorithm: str,
              backend: str) -> torch.Tensor:
     """(5,) float64, in the order of InvariantSums."""
     if algorithm == "stream":
@@ -149,7 +167,7 @@ def _sums_op(left_a: torch.Tensor, right_a: torch.Tensor, left_b: torch.Tensor, 
     square_b = _pair(left_b.mT, left_b.mT, right_b.mT, right_b.mT, True, backend)
     if left_a.dtype != torch.float64 and max(_cancellation(square_a), _cancellation(square_b)) > _MAX_CANCELLATION:
         wide = [t.double() for t in (left_a, right_a, left_b, right_b)]
-        return _sums_op(*wide, algorithm, "torch" if backend == "triton" else backend)
+        return _sums(*wide, algorithm, "torch" if backend == "triton" else backend)
     dot_aa, dot_bb = square_a[4], square_b[4]
     dot_ab = _pair(left_a.mT, left_b.mT, right_a.mT, right_b.mT, False, backend)[4]
     sum_a = left_a.double().sum(0) @ right_a.double().sum(0)
@@ -157,13 +175,15 @@ def _sums_op(left_a: torch.Tensor, right_a: torch.Tensor, left_b: torch.Tensor, 
     return torch.stack([sum_a, sum_b, dot_aa, dot_bb, dot_ab])
 
 
+_sums_op = _operator("llmcore::invariant_sums", _sums)
+
+
 @_sums_op.register_fake
 def _(left_a, right_a, left_b, right_b, algorithm, backend):
     return left_a.new_empty(5, dtype=torch.float64)
 
 
-@torch.library.custom_op("llmcore::invariant_product", mutates_args=())
-def _product_op(left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, out_dtype: torch.dtype,
+def _product(left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, out_dtype: torch.dtype,
                 backend: str) -> torch.Tensor:
     """(K, K) of out_dtype: (left rightᵀ - mean) · scale, written once. mean, scale: scalars of float64."""
     out = left.new_empty(left.shape[0], right.shape[0], dtype=out_dtype)
@@ -183,6 +203,9 @@ def _product_op(left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor, sca
             return part
         out[start:start + block] = part
     return out
+
+
+_product_op = _operator("llmcore::invariant_product", _product)
 
 
 @_product_op.register_fake
@@ -252,8 +275,7 @@ def _unit(sketch: torch.Tensor, normalize: bool, mean_norm: torch.Tensor | float
     return torch.where(norm > 1e-6 * mean_norm, unit, 0.0) if normalize else sketch
 
 
-@torch.library.custom_op("llmcore::tensor_sketch", mutates_args=())
-def _sketch_op(left: torch.Tensor, right: torch.Tensor, width: int, seed: int, center: bool, normalize: bool, backend: str) -> torch.Tensor:
+def _sketch(left: torch.Tensor, right: torch.Tensor, width: int, seed: int, center: bool, normalize: bool, backend: str) -> torch.Tensor:
     # The sketch of p qᵀ is the circular convolution of the count sketches of p and q; of a sum over r, the sum of the convolutions.
     (bins, signs), (column_bins, column_signs) = _hashes(left.shape[0], width, seed)
     spectrum = torch.zeros(width // 2 + 1, dtype=torch.complex128, device=left.device)
@@ -269,6 +291,9 @@ def _sketch_op(left: torch.Tensor, right: torch.Tensor, width: int, seed: int, c
                 for b, s in ((bins, signs), (column_bins, column_signs))]
         spectrum -= mean * torch.fft.rfft(ones[0]) * torch.fft.rfft(ones[1])
     return _unit(torch.fft.irfft(spectrum, n=width), normalize, mean.abs() * left.shape[0]).to(left.dtype)
+
+
+_sketch_op = _operator("llmcore::tensor_sketch", _sketch)
 
 
 @_sketch_op.register_fake
@@ -394,23 +419,25 @@ def invariant_matrix(left: torch.Tensor, right: torch.Tensor, *, standardize: bo
         if tracked:
             square = ((left.double().mT @ left.double()) * (right.double().mT @ right.double())).sum()
         elif left.shape[1] <= left.shape[0]:
-            square = _symmetric_square(left, right, chosen)
+            square = (_symmetric_square_op if _traced(left) else _symmetric_square)(left, right, chosen)
         else:
-            square = _sums_op(left, right, left, right, "stream", chosen)[2]
+            square = (_sums_op if _traced(left) else _sums)(left, right, left, right, "stream", chosen)[2]
         mean, variance = total / n, (square - total * total / n) / (n - 1)
         if not torch.compiler.is_compiling() and not bool(variance * (n - 1) > 1e-10 * square):
             raise ValueError("left and right give a constant matrix (or one that is not finite), which cannot be standardised")
         scale = variance.rsqrt()
-    return _product_op(left, right, mean, scale, out_dtype, chosen)
+    return (_product_op if _traced(left, right) else _product)(left, right, mean, scale, out_dtype, chosen)
 
 
-@torch.library.custom_op("llmcore::invariant_square", mutates_args=())
 def _symmetric_square(left: torch.Tensor, right: torch.Tensor, backend: str) -> torch.Tensor:
     """|left rightᵀ|², a float64 scalar, from the Gram matrices of the factors."""
     return _pair(left.mT, left.mT, right.mT, right.mT, True, backend)[4].clone()
 
 
-@_symmetric_square.register_fake
+_symmetric_square_op = _operator("llmcore::invariant_square", _symmetric_square)
+
+
+@_symmetric_square_op.register_fake
 def _(left, right, backend):
     return left.new_empty((), dtype=torch.float64)
 
@@ -447,7 +474,7 @@ def invariant_sums(left_a: torch.Tensor, right_a: torch.Tensor, left_b: torch.Te
     if algorithm == "auto":
         algorithm = plan_sums(num_tokens, left_a.shape[1], left_b.shape[1], memory_budget=memory_budget,
                               itemsize=max(4, left_a.element_size())).algorithm
-    sums = _sums_op(*_widen(chosen, left_a, right_a, left_b, right_b), algorithm, chosen)
+    sums = _sums(*_widen(chosen, left_a, right_a, left_b, right_b), algorithm, chosen)
     return InvariantSums(*sums.tolist(), n=num_tokens * num_tokens)
 
 
@@ -498,7 +525,7 @@ def tensor_sketch(left: torch.Tensor, right: torch.Tensor, *, width: int, seed: 
     if chosen == "reference":
         return tensor_sketch_reference(left, right, width=width, seed=seed, center=center, normalize=normalize).to(dtype)
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
-    return _sketch_op(left, right, width, signed_seed, center, normalize, chosen).to(dtype)
+    return (_sketch_op if _traced(left) else _sketch)(left, right, width, signed_seed, center, normalize, chosen).to(dtype)
 
 
 def sketch_scores(sketches: torch.Tensor, query: torch.Tensor, *, channels: int) -> torch.Tensor:

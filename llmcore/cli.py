@@ -11,6 +11,7 @@ import sys
 # group or command -> (module in llmcore.commands, one line of help). A module exposes `app`, a typer.Typer.
 COMMANDS = {
     "align": ("align", "train on preference data, or score it"),
+    "huref": ("huref", "where a checkpoint comes from: compare, fingerprint, index, plan, attack"),
     "doctor": ("doctor", "device, backends, versions, what is missing and the command that mends it"),
     "guard": ("guard", "Gradient Cuff: calibrate, check prompts, serve a guarded OpenAI-compatible endpoint"),
 }

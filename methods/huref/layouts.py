@@ -1,0 +1,581 @@
+"""Where the matrices of a layer lie in a checkpoint, for every family of models, and how their rows are read.
+
+A `Matrix` is a linear weight in (out, in) orientation whose rows are read in blocks: stored rows may be shuffled by fusion (per head
+[q | k | v], per group [r queries | k | v], [gate | up]) or the whole tensor stored transposed. Layouts are chosen by `model_type` of the
+configuration and confirmed by names and shapes. Grouped heads: query head h meets key/value head h // (H / G), as the models compute it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from llmcore.checkpoints import CheckpointError, CheckpointReader
+
+# D hidden size, H query heads, G key/value heads, d head dimension, F feed-forward width
+
+
+class Reader(Protocol):
+    """What is asked of a checkpoint: CheckpointReader, or one with an adapter's changes on top."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def bytes_read(self) -> int: ...
+
+    path: Path
+    header_bytes: int
+
+    def names(self) -> list[str]: ...
+    def __contains__(self, name: str) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def nbytes(self, name: str) -> int: ...
+    def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+    def slice(self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+    def rows(self, name: str, ids: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass
+class Matrix:
+    """A linear weight (out, in). rows: stored row of each logical row, None for all in order. transposed: stored as (in, out)."""
+
+    name: str
+    out_size: int
+    in_size: int
+    rows: np.ndarray | None = None
+    transposed: bool = False
+
+    def read(self, reader: Reader, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Logical rows [start, stop), (stop - start, in)."""
+        if self.transposed:
+            whole = reader.read(self.name, dtype=dtype).mT
+            return (whole if self.rows is None else whole[torch.from_numpy(self.rows)])[start:stop]
+        if self.rows is None:
+            return reader.slice(self.name, start, stop, dtype=dtype)
+        wanted = self.rows[start:stop]
+        if len(wanted) and np.array_equal(wanted, np.arange(wanted[0], wanted[0] + len(wanted))):
+            return reader.slice(self.name, int(wanted[0]), int(wanted[0]) + len(wanted), dtype=dtype)
+        return reader.rows(self.name, wanted, dtype=dtype)
+
+    def blocks(self, reader: Reader, dtype: torch.dtype, block_bytes: int, *, multiple: int = 1) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(start, stop, rows) over the whole matrix, blocks of at most block_bytes, a multiple of `multiple` rows (transposed: whole)."""
+        step = self.out_size if self.transposed else max(multiple, block_bytes // (self.in_size * dtype.itemsize) // multiple * multiple)
+        for start in range(0, self.out_size, step):
+            stop = min(start + step, self.out_size)
+            yield start, stop, finite(self.read(reader, start, stop, dtype), reader, self.name)
+
+    def nbytes(self, reader: Reader) -> int:
+        """Stored bytes of the rows that are used."""
+        rows = reader.shape(self.name)[0]
+        return reader.nbytes(self.name) if self.transposed or self.rows is None else reader.nbytes(self.name) * len(self.rows) // rows
+
+
+def finite(values: torch.Tensor, reader: Reader, name: str) -> torch.Tensor:
+    """The values, refused when one of them is NaN or infinite (x · 0 is 0 for finite x alone)."""
+    if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+        raise CheckpointError(f"{reader.path}: tensor {name!r} holds NaN or infinite numbers")
+    return values
+
+
+@dataclasses.dataclass
+class Layer:
+    """Matrices of one layer. experts: (gate or None, up, down) of each expert (one for a dense model).
+
+    norm_attention, norm_mlp: names of the gains before the two sub-layers (None: no such norm); norm_after_*: after them, on the output.
+    """
+
+    query: Matrix
+    key: Matrix
+    value: Matrix
+    output: Matrix
+    experts: list[tuple[Matrix | None, Matrix, Matrix]]
+    norm_attention: str | None = None
+    norm_mlp: str | None = None
+    norm_after_attention: str | None = None
+    norm_after_mlp: str | None = None
+
+    def matrices(self) -> list[Matrix]:
+        return [self.query, self.key, self.value, self.output, *(m for expert in self.experts for m in expert if m is not None)]
+
+
+@dataclasses.dataclass
+class Layout:
+    """Everything that the terms need to know of a checkpoint."""
+
+    model_type: str
+    embedding: str
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_offset: float
+    has_qk_position: bool
+    compat: str
+    layer_prefix: str
+    _family: _Family
+    _reader: Reader
+
+    def layer(self, index: int) -> Layer:
+        """Layer `index` (negative counts from the end)."""
+        if not -self.num_layers <= index < self.num_layers:
+            raise ValueError(f"layers must lie in [-{self.num_layers}, {self.num_layers}) for {self._reader.path}, got {index}")
+        return _layer(self, self._family, index % self.num_layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """Names inside one layer. fused: None, "thirds" [Q | K | V], "heads" (H, 3, d), "groups" (G, r + 2, d)."""
+
+    embedding: str = "model.embed_tokens.weight"
+    layer: str = "model.layers.{}."
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    qkv: str | None = None
+    fused: str | None = None
+    gate: str | None = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    gate_up: str | None = None  # one tensor, [gate | up]
+    experts: tuple[str, str, str] | None = None  # gate, up, down with {} for the expert
+    norms: tuple[str | None, str | None, str | None, str | None] = ("input_layernorm", "post_attention_layernorm", None, None)
+    norm_offset: float = 0.0
+    transposed: bool = False
+    rotary: bool = True
+
+
+_LLAMA = _Family()
+_GPT = {"layer": "transformer.h.{}.", "embedding": "transformer.wte.weight", "gate": None, "norms": ("ln_1", "ln_2", None, None)}
+_NEOX = {
+    "gate": None,
+    "up": "mlp.dense_h_to_4h",
+    "down": "mlp.dense_4h_to_h",
+    "qkv": "attention.query_key_value",
+    "fused": "heads",
+    "output": "attention.dense",
+}
+_GEMMA2_NORMS = ("input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")
+_MOE = _Family(experts=("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"))
+
+FAMILIES: dict[str, _Family] = {
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "ministral",
+            "qwen2",
+            "qwen3",
+            "internlm",
+            "yi",
+            "granite",
+            "smollm3",
+            "stablelm",
+            "seed_oss",
+            "helium",
+            "arcee",
+        ),
+        _LLAMA,
+    ),
+    "baichuan": _Family(qkv="self_attn.W_pack", fused="thirds"),
+    "gemma": _Family(norm_offset=1.0),
+    "gemma2": _Family(norms=_GEMMA2_NORMS, norm_offset=1.0),
+    "gemma3_text": _Family(norms=_GEMMA2_NORMS, norm_offset=1.0),
+    "olmo": _Family(norms=(None, None, None, None)),
+    "olmo2": _Family(norms=(None, None, "post_attention_layernorm", "post_feedforward_layernorm")),
+    "cohere": _Family(norms=("input_layernorm", "input_layernorm", None, None)),
+    "phi": _Family(
+        output="self_attn.dense", gate=None, up="mlp.fc1", down="mlp.fc2", norms=("input_layernorm", "input_layernorm", None, None)
+    ),
+    "phi3": _Family(qkv="self_attn.qkv_proj", fused="thirds", gate_up="mlp.gate_up_proj"),
+    "starcoder2": _Family(gate=None, up="mlp.c_fc", down="mlp.c_proj"),
+    "mixtral": _Family(experts=("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2")),
+    "qwen2_moe": _MOE,
+    "qwen3_moe": _MOE,
+    "olmoe": _MOE,
+    "internlm2": _Family(
+        embedding="model.tok_embeddings.weight",
+        qkv="attention.wqkv",
+        fused="groups",
+        output="attention.wo",
+        gate="feed_forward.w1",
+        up="feed_forward.w3",
+        down="feed_forward.w2",
+        norms=("attention_norm", "ffn_norm", None, None),
+    ),
+    "gpt2": _Family(
+        **_GPT,
+        qkv="attn.c_attn",
+        fused="thirds",
+        output="attn.c_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",  # type: ignore[arg-type]
+        transposed=True,
+        rotary=False,
+    ),
+    "gpt_neo": _Family(
+        **_GPT,
+        query="attn.attention.q_proj",
+        key="attn.attention.k_proj",
+        value="attn.attention.v_proj",  # type: ignore[arg-type]
+        output="attn.attention.out_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        rotary=False,
+    ),
+    "gptj": _Family(
+        **{**_GPT, "norms": ("ln_1", "ln_1", None, None)},
+        query="attn.q_proj",
+        key="attn.k_proj",  # type: ignore[arg-type]
+        value="attn.v_proj",
+        output="attn.out_proj",
+        up="mlp.fc_in",
+        down="mlp.fc_out",
+    ),
+    "qwen": _Family(
+        layer="transformer.h.{}.",
+        embedding="transformer.wte.weight",
+        qkv="attn.c_attn",
+        fused="thirds",
+        output="attn.c_proj",
+        gate="mlp.w2",
+        up="mlp.w1",
+        down="mlp.c_proj",
+        norms=("ln_1", "ln_2", None, None),
+    ),
+    "gpt_neox": _Family(**_NEOX, embedding="gpt_neox.embed_in.weight", layer="gpt_neox.layers.{}."),  # type: ignore[arg-type]
+    "bloom": _Family(
+        **{**_NEOX, "qkv": "self_attention.query_key_value", "output": "self_attention.dense"},  # type: ignore[arg-type]
+        embedding="transformer.word_embeddings.weight",
+        layer="transformer.h.{}.",
+        rotary=False,
+    ),
+    "falcon": _Family(
+        **{
+            **_NEOX,
+            "qkv": "self_attention.query_key_value",
+            "output": "self_attention.dense",  # type: ignore[arg-type]
+            "norms": ("input_layernorm", "input_layernorm", None, None),
+        },
+        embedding="transformer.word_embeddings.weight",
+        layer="transformer.h.{}.",
+    ),
+    "mpt": _Family(
+        gate=None,
+        layer="transformer.blocks.{}.",
+        embedding="transformer.wte.weight",
+        qkv="attn.Wqkv",
+        fused="thirds",
+        output="attn.out_proj",
+        up="ffn.up_proj",
+        down="ffn.down_proj",
+        norms=("norm_1", "norm_2", None, None),
+        rotary=False,
+    ),
+    "opt": _Family(
+        gate=None,
+        layer="model.decoder.layers.{}.",
+        embedding="model.decoder.embed_tokens.weight",
+        output="self_attn.out_proj",
+        up="fc1",
+        down="fc2",
+        norms=("self_attn_layer_norm", "final_layer_norm", None, None),
+        rotary=False,
+    ),
+    "chatglm": _Family(
+        embedding="transformer.embedding.word_embeddings.weight",
+        layer="transformer.encoder.layers.{}.",
+        qkv="self_attention.query_key_value",
+        fused="thirds",
+        output="self_attention.dense",
+        gate_up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+    ),
+}
+_REFUSED = {
+    "deepseek_v2": "multi-head latent attention",
+    "deepseek_v3": "multi-head latent attention",
+    "minicpm3": "multi-head latent attention",
+    "kimi_k2": "multi-head latent attention",
+    "mamba": "no attention",
+    "rwkv": "no attention",
+    "t5": "an encoder-decoder model",
+    "bart": "an encoder-decoder model",
+}
+
+
+def find_layout(reader: Reader, *, layout: str | None = None, compat: str | None = None) -> Layout:
+    """The layout of a checkpoint.
+
+    Args:
+        layout: a model type of FAMILIES that overrides the configuration's. compat: None, or "published" for the tensor splits of the
+            published code (per-head and per-group fused tensors cut in thirds, gpt2's output not transposed, chatglm's gate dropped).
+
+    Raises: ValueError for a model type that is not supported; CheckpointError for missing tensors or shapes that contradict the
+    configuration.
+    """
+    if compat not in (None, "published"):
+        raise ValueError(f"compat must be None or 'published', got {compat!r}")
+    config = reader.config
+    if not config:
+        raise CheckpointError(f"{reader.path}: config.json is missing; the numbers of heads cannot be told from the tensors alone")
+    nested = next((config[k] for k in ("text_config", "llm_config", "language_config") if isinstance(config.get(k), dict)), None)
+    if nested is not None:
+        config = {**config, **nested}
+    model_type = layout or config.get("model_type", "")
+    if model_type in ("gemma3", "gemma3n", "mistral3"):
+        model_type = {"gemma3": "gemma3_text", "mistral3": "mistral"}.get(model_type, model_type)
+    if model_type in _REFUSED:
+        raise ValueError(f"{reader.path}: model_type {model_type!r} is not supported: {_REFUSED[model_type]}")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{reader.path}: model_type {model_type!r} is not supported; pass layout= with one of {', '.join(sorted(FAMILIES))} "
+            "if the tensors are named as there"
+        )
+    family = FAMILIES[model_type]
+    stem = family.embedding
+    present = set(reader.names())
+    candidates = [
+        stem,
+        *(p + stem for p in ("language_model.", "text_model.", "model.")),
+        stem.replace("model.", "model.language_model.", 1),
+        stem.removeprefix("transformer."),
+        stem.removeprefix("model."),
+        stem.removeprefix("gpt_neox."),
+    ]
+    found = next((name for name in candidates if name in present or name in reader), None)
+    if found is None:
+        raise CheckpointError(
+            f"{reader.path}: no embedding tensor {stem!r} (model_type {model_type!r}); pass layout= to choose another family"
+        )
+    if found.endswith(stem):
+        layer_prefix = found[: len(found) - len(stem)] + family.layer
+    elif stem.endswith(found):
+        layer_prefix = family.layer.removeprefix(stem[: len(stem) - len(found)])
+    else:
+        layer_prefix = family.layer.replace("model.", "model.language_model.", 1)
+    vocab_size, hidden = reader.shape(found)
+
+    def number(*keys: str, default: int | None = None) -> int:
+        value = next((config[k] for k in keys if isinstance(config.get(k), int) and not isinstance(config[k], bool)), default)
+        if value is None or value < 1:
+            raise CheckpointError(f"{reader.path}: config.json: {keys[0]} must be a positive integer, got {value!r}")
+        return value
+
+    heads = number("num_attention_heads", "n_head", "n_heads", "num_heads")
+    layers = number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    kv_heads = number("num_key_value_heads", "num_kv_heads", "multi_query_group_num", default=heads)
+    if model_type == "chatglm" and not config.get("multi_query_attention", "multi_query_group_num" in config):
+        kv_heads = heads
+    if model_type == "falcon":
+        kv_heads = kv_heads if config.get("new_decoder_architecture") else 1 if config.get("multi_query", True) else heads
+        fused = "groups" if config.get("new_decoder_architecture") else "thirds" if config.get("multi_query", True) else "heads"
+        norms = ("ln_attn", "ln_mlp", None, None) if layer_prefix.format(0) + "ln_attn.weight" in present else family.norms
+        if not config.get("parallel_attn", True) and not config.get("new_decoder_architecture"):
+            norms = ("input_layernorm", "post_attention_layernorm", None, None)
+        family = dataclasses.replace(family, fused=fused, norms=norms)
+    if model_type == "gpt_neox" and "num_key_value_heads" not in config:
+        kv_heads = heads
+    if heads % kv_heads:
+        raise CheckpointError(f"{reader.path}: config.json: {heads} query heads are not a multiple of {kv_heads} key/value heads")
+    head_dim = number("head_dim", "kv_channels", default=max(hidden // heads, 1))
+    if compat == "published" and family.fused in ("heads", "groups"):
+        family = dataclasses.replace(family, fused="thirds")
+    return Layout(
+        model_type,
+        found,
+        hidden,
+        vocab_size,
+        layers,
+        heads,
+        kv_heads,
+        head_dim,
+        family.norm_offset,
+        family.rotary,
+        compat or "",
+        layer_prefix,
+        family,
+        reader,
+    )
+
+
+def _fused_rows(kind: str, heads: int, groups: int, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stored rows of the logical q (H·d), k and v (G·d) in a fused tensor."""
+    if kind == "thirds":
+        edges = np.cumsum([0, heads * dim, groups * dim, groups * dim])
+        return tuple(np.arange(edges[i], edges[i + 1]) for i in range(3))  # type: ignore[return-value]
+    repeat = heads // groups
+    rows = np.arange(groups * (repeat + 2) * dim).reshape(groups, repeat + 2, dim)  # "heads" is G = H
+    return rows[:, :repeat].reshape(-1), rows[:, repeat].reshape(-1), rows[:, repeat + 1].reshape(-1)
+
+
+def _layer(layout: Layout, family: _Family, index: int) -> Layer:
+    reader, prefix = layout._reader, layout.layer_prefix.format(index)
+    hidden, heads, groups, dim = layout.hidden_size, layout.num_heads, layout.num_kv_heads, layout.head_dim
+
+    def matrix(
+        name: str,
+        out_size: int | None,
+        in_size: int | None,
+        rows: np.ndarray | None = None,
+        total: int | None = None,
+        transposed: bool = family.transposed,
+    ) -> Matrix:
+        full = f"{prefix}{name}.weight"
+        shape = reader.shape(full)
+        stored_out, stored_in = (shape[1], shape[0]) if transposed and len(shape) == 2 else (shape[0], shape[-1])
+        expected_out = total if total is not None else out_size
+        if len(shape) != 2 or (expected_out is not None and stored_out != expected_out) or (in_size is not None and stored_in != in_size):
+            raise CheckpointError(
+                f"{reader.path}: tensor {full!r}: shape {shape} does not fit the configuration (hidden size {hidden}, "
+                f"{heads} heads, {groups} key/value heads of {dim})"
+            )
+        return Matrix(full, out_size if out_size is not None else stored_out, stored_in, rows, transposed)
+
+    if family.qkv is not None:
+        fused = [(heads + 2 * groups) * dim]
+        rows = _fused_rows(family.fused or "thirds", heads, groups, dim)
+        query, key, value = (matrix(family.qkv, len(r), hidden, r, fused[0]) for r in rows)
+    else:
+        query = matrix(family.query, heads * dim, hidden)
+        key, value = matrix(family.key, groups * dim, hidden), matrix(family.value, groups * dim, hidden)
+    published_gpt2 = layout.compat == "published" and family.transposed
+    output = matrix(family.output, hidden, heads * dim, transposed=family.transposed and not published_gpt2)
+
+    experts: list[tuple[Matrix | None, Matrix, Matrix]] = []
+    if family.experts is not None and f"{prefix}{family.experts[1].format(0)}.weight" in reader:
+        number = 0
+        while f"{prefix}{family.experts[1].format(number)}.weight" in reader:
+            gate, up, down = (name.format(number) for name in family.experts)
+            experts.append((matrix(gate, None, hidden), matrix(up, None, hidden), matrix(down, hidden, None)))
+            number += 1
+    elif family.gate_up is not None:
+        stored = reader.shape(f"{prefix}{family.gate_up}.weight")[0]
+        if stored % 2:
+            raise CheckpointError(f"{reader.path}: tensor {prefix}{family.gate_up}.weight: {stored} rows are not [gate | up]")
+        half = stored // 2
+        gate_matrix = matrix(family.gate_up, half, hidden, np.arange(half), stored)
+        up_matrix = matrix(family.gate_up, half, hidden, np.arange(half, stored), stored)
+        dropped = layout.compat == "published" and layout.model_type == "chatglm"
+        experts.append((None if dropped else gate_matrix, up_matrix, matrix(family.down, hidden, half)))
+    else:
+        up = matrix(family.up, None, hidden)
+        experts.append((matrix(family.gate, up.out_size, hidden) if family.gate else None, up, matrix(family.down, hidden, up.out_size)))
+
+    def norm(name: str | None) -> str | None:
+        return f"{prefix}{name}.weight" if name is not None and f"{prefix}{name}.weight" in reader else None
+
+    return Layer(query, key, value, output, experts, *(norm(name) for name in family.norms))
+
+
+class AdaptedReader:
+    """A base checkpoint with a LoRA adapter merged into whatever rows are asked for: W + s · B A, never written anywhere."""
+
+    def __init__(self, base: CheckpointReader, adapter: CheckpointReader, config: dict[str, Any]):
+        self._base, self._adapter = base, adapter
+        self.base_path = base.path
+        self.path, self.header_bytes = adapter.path, base.header_bytes + adapter.header_bytes
+        if config.get("peft_type") != "LORA" or config.get("use_dora"):
+            raise ValueError(f"{adapter.path}: only LoRA adapters (not DoRA) can be merged, got peft_type {config.get('peft_type')!r}")
+        rank = config.get("r") or 1
+        self._scale = config.get("lora_alpha", rank) / (rank**0.5 if config.get("use_rslora") else rank)
+        self._transposed = bool(config.get("fan_in_fan_out"))
+        self._low, self._replaced = {}, {}
+        for name in adapter.names():
+            stem = name.removeprefix("base_model.model.")
+            if stem.endswith(".lora_A.weight"):
+                module = stem.removesuffix(".lora_A.weight")
+                self._low[f"{module}.weight"] = (name, name.replace(".lora_A.", ".lora_B."))
+            elif ".lora_embedding_" in stem or "lora_magnitude" in stem:
+                raise ValueError(f"{adapter.path}: tensor {name!r}: adapters of embeddings are not supported; merge the adapter first")
+            elif ".lora_B." not in stem:
+                self._replaced[stem.replace(".modules_to_save", "")] = name
+        unknown = [name for name in (*self._low, *self._replaced) if name not in base]
+        if unknown:
+            raise CheckpointError(f"{adapter.path}: changes {unknown[0]!r}, which the base {base.path} does not have")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._base.config
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self._base.metadata
+
+    @property
+    def bytes_read(self) -> int:
+        return self._base.bytes_read + self._adapter.bytes_read
+
+    def names(self) -> list[str]:
+        return self._base.names()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._base
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._base.shape(name)
+
+    def nbytes(self, name: str) -> int:
+        return self._base.nbytes(name)
+
+    def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.rows(name, np.arange(self.shape(name)[0]), dtype=dtype)
+
+    def slice(self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.rows(name, np.arange(start, stop), dtype=dtype)
+
+    def rows(self, name: str, ids: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if name in self._replaced:
+            return self._adapter.rows(self._replaced[name], ids, dtype=dtype)
+        index = np.asarray(ids)
+        whole = len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index)))
+        values = (
+            self._base.slice(name, int(index[0]), int(index[0]) + len(index), dtype=dtype)
+            if whole
+            else self._base.rows(name, index, dtype=dtype)
+        )
+        if name in self._low:
+            low, high = (self._adapter.read(part, dtype=values.dtype) for part in self._low[name])
+            delta = (high @ low).mT[torch.from_numpy(index)] if self._transposed else high[torch.from_numpy(index)] @ low
+            values = values + self._scale * delta
+        return values
+
+    def close(self) -> None:
+        self._base.close()
+        self._adapter.close()
+
+
+def open_checkpoint(path: str | Path, *, base: str | Path | None = None) -> Reader:
+    """A reader of a checkpoint, or of an adapter directory on top of `base` (default: the base its configuration names, if it is here)."""
+    if str(path) == "smollm2":
+        from llmcore.models import embedded_path
+
+        path = embedded_path()
+    folder = Path(path).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        named = base if base is not None else config.get("base_model_name_or_path")
+        if named is None or not Path(named).expanduser().exists():
+            raise CheckpointError(
+                f"{folder}: is an adapter, not a model: give the base too (base=...); its configuration names {named!r}, "
+                "which is not on this disk"
+            )
+        return AdaptedReader(CheckpointReader(named), CheckpointReader(folder / "adapter_model.safetensors"), config)  # type: ignore[return-value]
+    return CheckpointReader(path)  # type: ignore[return-value]
+
+
+def layer_indices(layout: Layout, layers: Sequence[int]) -> list[int]:
+    """Non-negative indices of the layers asked for that exist: of a one-layer model (-2, -1) gives its one layer."""
+    kept = [i for i in layers if -layout.num_layers <= i < layout.num_layers]
+    if not kept:
+        raise ValueError(f"layers {tuple(layers)} do not exist in a model of {layout.num_layers} layers")
+    return [i % layout.num_layers for i in kept]
