@@ -315,9 +315,9 @@ class SumsPlan:
         return dataclasses.asdict(self)
 
 
-# Measured on one core of an AMD EPYC with AVX2 (2026-11, `python bench/bench_invariants.py`): GEMM flops a second with the sums taken per
-# tile, flops a second of the stored product, seconds an entry to add five sums up in a tile and out of memory. Other machines and numbers
-# of threads scale all of these alike, so the choice moves little; `rates` of plan_sums takes better ones.
+# Estimates from one look on one machine (one core of an AMD EPYC with AVX2), not kept as a bench: GEMM flops a second with the sums taken
+# per tile, flops a second of the stored product, seconds an entry to add five sums up in a tile and out of memory. Other machines and
+# numbers of threads scale all of these alike, so the choice should move little; `rates` of plan_sums takes better ones.
 RATES = {"tile_flops": 4.5e10, "stored_flops": 4.8e10, "tile_entry": 0.9e-9, "stored_entry": 2.6e-9, "pack_element": 1.2e-9}
 
 

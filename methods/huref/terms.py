@@ -23,7 +23,7 @@ from llmcore.methods.huref.layouts import Layer, Layout, Matrix, Reader, finite
 # K tokens, D hidden size, F feed-forward width, R depth of a factor
 
 CHANNELS = {"paper": ("qk", "vo", "ff"), "hardened": ("qk*", "vo*", "up*")}
-BLOCK_BYTES = 8 << 20  # large sequential reads, and few enough rows that blocks are small beside the factors
+BLOCK_BYTES = 2 << 20  # sequential reads of some size, and few enough rows that blocks are small beside the factors
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,9 +17,35 @@ def base():
     return embedded_path()
 
 
+WHOLE = {"all", "random", "vocabulary"}
+
+
 @pytest.fixture(scope="session")
-def copies(base, tmp_path_factory):
-    """name -> directory of a rewritten copy of the embedded model, written when first asked for."""
+def tail(base, tmp_path_factory):
+    """The last two layers of the embedded model as a checkpoint of their own: the terms are those of the whole model, at a quarter of its
+    size."""
+    from llmcore import files
+    from llmcore.checkpoints import CheckpointReader
+
+    folder, tensors = tmp_path_factory.mktemp("tail"), {}
+    with CheckpointReader(base) as reader:
+        config = {**reader.config, "num_hidden_layers": 2}
+        for name in reader.names():
+            parts = name.split(".")
+            if parts[1] == "layers":
+                if int(parts[2]) < reader.config["num_hidden_layers"] - 2:
+                    continue
+                parts[2] = str(int(parts[2]) - reader.config["num_hidden_layers"] + 2)
+            tensors[".".join(parts)] = reader.read(name)
+    files.write_safetensors(folder / "model.safetensors", tensors)
+    files.write_json(folder / "config.json", config)
+    shutil.copy(base / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def copies(base, tail, tmp_path_factory):
+    """name -> directory of a rewritten copy, written when first asked for: of the whole model for WHOLE, of its last two layers else."""
     from llmcore.methods.huref import attacks
 
     folder, made = tmp_path_factory.mktemp("copies"), {}
@@ -26,7 +53,7 @@ def copies(base, tmp_path_factory):
     def get(*names: str, **options):
         key = "+".join(names) + "".join(f"-{k}{v}" for k, v in sorted(options.items()))
         if key not in made:
-            attacks.apply(base, folder / key, list(names), **options)
+            attacks.apply(base if WHOLE & set(names) else tail, folder / key, list(names), **options)
             made[key] = folder / key
         return made[key]
 
@@ -35,13 +62,24 @@ def copies(base, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def four_bit(base, tmp_path_factory):
-    """A GGUF file of the embedded model with Q4_0 blocks, written by the gguf package: llama's names and row order, its own vocabulary."""
+    """embedding type -> GGUF file of the embedded model with Q4_0 matrices, written by the gguf package: llama's names and row order, its own
+    vocabulary."""
+    gguf = pytest.importorskip("gguf")
+    folder, made = tmp_path_factory.mktemp("gguf"), {}
+
+    def get(embedding: str):
+        if embedding not in made:
+            made[embedding] = _write_gguf(gguf, base, folder / f"{embedding}.gguf", gguf.GGMLQuantizationType[embedding])
+        return made[embedding]
+
+    return get
+
+
+def _write_gguf(gguf, base, path, embedding):
     import numpy as np
 
     from llmcore.checkpoints import CheckpointReader
 
-    gguf = pytest.importorskip("gguf")
-    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
     pieces = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     special = {t["id"] for t in tokenizer["added_tokens"]}
@@ -76,6 +114,7 @@ def four_bit(base, tmp_path_factory):
                 if f".{side}." in stored:  # llama files interleave the two halves of a head
                     value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
             kind = gguf.GGMLQuantizationType.Q4_0 if value.ndim == 2 else gguf.GGMLQuantizationType.F32
+            kind = embedding if stored == "token_embd.weight" else kind
             writer.add_tensor(stored, gguf.quantize(np.ascontiguousarray(value), kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -63,13 +63,21 @@ def test_noise_degrades_as_measured_and_a_random_twin_is_not_matched(base, copie
     assert abs(twin.null_z) < 6
 
 
-def test_storage_formats(base, copies, four_bit):
+def test_storage_formats(base, copies):
     for dtype, least in (("float16", 0.999999), ("bfloat16", 0.99999), ("float8_e4m3", 0.997)):
         assert huref.compare(base, copies("residual_permutation", dtype=dtype, num_shards=3), K=256).ics > least
-    found = huref.compare(base, four_bit, K=512)
-    assert found.ics > 0.97
+
+
+def test_four_bit_matrices_in_gguf(base, four_bit):
+    found = huref.compare(base, four_bit("Q8_0"), K=512)
+    assert found.ics > 0.99
     assert found.token_overlap["common"] > 48000
     assert found.verdict == "same base"
+
+
+@pytest.mark.xfail(strict=True, reason="ICS 0.9837, 0.9860 with random tokens; 0.9955 with an exact embedding")
+def test_four_bit_embedding_in_gguf(base, four_bit):
+    assert huref.compare(base, four_bit("Q4_0"), K=512).ics > 0.987
 
 
 def test_ics_is_the_mean_of_channel_correlations_and_the_cosine_of_standardised_terms(base, copies):
@@ -112,8 +120,9 @@ def test_vocabulary_is_aligned_by_string(base, copies):
     with CheckpointReader(extended) as reader, CheckpointReader(base) as original:
         assert reader.shape("model.embed_tokens.weight")[0] > original.shape("model.embed_tokens.weight")[0]
     ids = comparison.resolve_tokens(None, comparison.open_model(base)).last(256)
-    naive = [huref.invariant_terms(p, tokens=list(ids.ids), K=256, layers=[-1]) for p in (base, extended)]
-    assert abs(torch.corrcoef(torch.stack([m.flatten() for m in naive]))[0, 1].item()) < 0.3
+    naive = [huref.invariant_terms(p, tokens=list(ids.ids), K=256, layers=[-1]).flatten(1) for p in (base, extended)]
+    for x, y in zip(*naive, strict=True):  # channel by channel: their unlike means alone would correlate
+        assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1].item()) < 0.2
 
 
 def test_bytes_read_and_peak_memory(base, copies):
@@ -124,10 +133,11 @@ def test_bytes_read_and_peak_memory(base, copies):
     table = 2 * (2 * layer + 512 * 576 * 4)
     assert found.needed_bytes == table
     assert found.bytes_read <= 1.05 * table
-    code = (f"import resource, torch; torch.set_num_threads(1); from llmcore.methods import huref; huref.compare({str(base)!r}, "
-            f"{str(copies('all'))!r}); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
+    # VmHWM, not ru_maxrss: the latter starts, after a fork, at the size of the process that runs the tests.
+    code = (f"import torch; torch.set_num_threads(1); from llmcore.methods import huref; huref.compare({str(base)!r}, "
+            f"{str(copies('all'))!r}, K=512); print(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1])")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert int(run.stdout) < 300e6
+    assert int(run.stdout) * 1024 < 300e6
 
 
 def test_adapter_is_merged_as_it_is_read(base, adapter, tmp_path):
