@@ -62,8 +62,7 @@ def copies(base, tail, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def four_bit(base, tmp_path_factory):
-    """embedding type -> GGUF file of the embedded model with Q4_0 matrices, written by the gguf package: llama's names and row order, its own
-    vocabulary."""
+    """embedding type -> GGUF file of the embedded model with Q4_0 matrices and llama's names and row order, written by gguf."""
     gguf = pytest.importorskip("gguf")
     folder, made = tmp_path_factory.mktemp("gguf"), {}
 
