@@ -225,7 +225,7 @@ def _page(numbers: dict[str, Any], history: list[dict[str, Any]]) -> str:
                  f"{mean['before']:.1f}, {mean['after']:.1f}"))
     return (
         f'<p class="note"><b>What the data is.</b> The embedded SmolLM2-135M-Instruct answered {numbers["prompts"]} built-in prompts, '
-        f"{SAMPLES} times each at temperature {TEMPERATURE:g}, at most {MAX_NEW_TOKENS} tokens (longer answers are cut). A rule, no person, "
+        f"{SAMPLES} times each at temperature {TEMPERATURE:g}, at most {MAX_NEW_TOKENS} tokens (longer ones are cut). A rule, no person, "
         f"labelled the answers: {RULE}. This is no measure of quality: a shorter answer is not a better one, and the pairs are few and "
         "made by the model that is trained. It shows that the whole path runs and that the loss does what it says.</p>"
         f"<p>{numbers['pairs']} training pairs, {numbers['pairs_held_out']} pairs of prompts that training never saw, "
