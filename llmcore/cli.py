@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": ("demo", "run the methods on the embedded model and write report.html"),
     "doctor": ("doctor", "device, backends, versions, what is missing and the command that mends it"),
     "guard": ("guard", "Gradient Cuff: calibrate, check prompts, serve a guarded OpenAI-compatible endpoint"),
+    "saliency": ("saliency", "flow of a prompt as picture, page or JSON; the best trigger sentence for each question"),
 }
 
 
