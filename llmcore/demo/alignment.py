@@ -231,7 +231,8 @@ def _page(numbers: dict[str, Any], history: list[dict[str, Any]]) -> str:
         f"<p>{numbers['pairs']} training pairs, {numbers['pairs_held_out']} pairs of prompts that training never saw, "
         f"{numbers['steps']} steps of up to 4 pairs, DPO with beta 0.1, LoRA of rank 16, learning rate 2e-4. Accuracy is the share of "
         "pairs whose chosen answer gained more log-probability over the reference than the rejected one; a tie counts one half. "
-        "Where the held-out curve stays behind the training curve, the adapter has learnt the pairs rather than the rule.</p>"
+        "Where the held-out curve stays behind the training curve, the adapter has learnt the pairs rather than the rule, "
+        "and a rule that counts words can be met by nonsense without spaces: the answers below show what the training really did.</p>"
         + _curves(history)
         + table(("measured", "value"), rows)
         + "<h3>Held-out prompts, greedy answers</h3>"
