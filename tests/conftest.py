@@ -56,3 +56,21 @@ def error_rule():
             f"error {error.flatten()[worst].item():.3e}, allowed {allowed:.3e}")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """Directory of a random two-layer Llama with SmolLM2's vocabulary and tokenizer: quick to train, loadable by another process."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from llmcore.models import embedded_path
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                             num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, tie_word_embeddings=True,
+                             bos_token_id=1, eos_token_id=2, pad_token_id=2)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded_path()).save_pretrained(folder)
+    return str(folder)
