@@ -126,7 +126,7 @@ def test_vocabulary_is_aligned_by_string(base, copies):
 
 
 def test_bytes_read_and_peak_memory(base, copies):
-    """At most 1.05 times the bytes of two layers and K rows on either side, 300 MB (with 20 MB of slack for the allocator) in a fresh process, torch included."""
+    """At most 1.05 times the bytes of two layers and K rows on either side; 300 MB in a fresh process, torch included, 20 MB of slack."""
     found = huref.compare(base, copies("all"), K=512)
     with CheckpointReader(base) as reader:
         layer = sum(reader.nbytes(n) for n in reader.names() if n.startswith("model.layers.29.") and "norm" not in n)
