@@ -24,7 +24,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:benchmark
 
 bench: setup
-	$(BIN)/python -m pytest bench -q
+	$(BIN)/python -m pytest $(wildcard bench/bench_*.py) -q -s
 
 docs: setup
 	$(BIN)/python bench/render.py

@@ -437,7 +437,7 @@ def _attention(
     plan = getattr(_active, "plan", None)
     if plan is None:
         raise RuntimeError("this model is being decoded by llmcore in another thread; give each thread its own copy or its turn")
-    if s_aux is not None:
+    if s_aux is not None:  # met while the model is probed (`_compare_paths`): such a model takes the recompute path
         raise NotImplementedError("attention sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return plan(module.layer_idx, query, key, value, scale, softcap, sliding_window), None

@@ -8,7 +8,8 @@
 // for any number of threads, and a row's statistics for any batch around it. 16-bit operands are widened as they are packed; products, logits and sums
 // are float32 (float64 operands: float64), running sums over the vocabulary are float64. Scratch does not grow with the vocabulary.
 //
-// A hand-written register tile was chosen over the vendor's GEMM per tile: the vendor's result for a row depends on how many rows share the call.
+// A hand-written register tile was chosen over the vendor's GEMM per tile: the vendor's result for a row depends on how many rows share the call
+// (the two were not timed against each other).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import threading
 import time
 import uuid
@@ -23,6 +24,8 @@ from llmcore.generation import pieces
 from llmcore.methods.gradient_cuff.config import CuffConfig, CuffVerdict
 from llmcore.methods.gradient_cuff.detector import REJECTION, Detector, Query, start_answer, verdict_of
 from llmcore.sampling import Sampling
+
+LOG = logging.getLogger("llmcore.guard")
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class Worker:
             try:
                 self._turn(arrived)
             except Exception as error:
-                # No verdict can be trusted now: every request in the batch fails, and a fresh detector takes the next ones.
+                # No verdict can be trusted now, whatever broke: every request in the batch fails, and a fresh detector takes the next ones.
+                LOG.exception("detection failed; %d requests refused", len(arrived))
                 failure = EndpointError(500, f"detection failed: {type(error).__name__}: {error}", "detection_failed")
                 for ticket in {id(t): t for t in [*arrived, *self.live, *self.answering]}.values():
                     ticket.put(failure)
@@ -350,7 +354,8 @@ def application(guard: Guard) -> Any:
             return JSONResponse(await guard.answer(body, ticket))
         except EndpointError as error:
             return JSONResponse(error.body(), error.status)
-        except Exception as error:
+        except Exception as error:  # the boundary of one request: the client gets an error instead of an answer, the log the traceback
+            LOG.exception("request failed")
             failure = EndpointError(500, f"{type(error).__name__}: {error}", "internal_error")
             return JSONResponse(failure.body(), 500)
         finally:

@@ -76,7 +76,7 @@ def train(
             it).
         output_dir: run folder: metrics.jsonl, checkpoints, reference scores, final model or adapter. The same call resumes an interrupted
             run.
-        eval_source: held-out rows, evaluated before the first step, every config.training.eval_every steps and at the end.
+        eval_source: held-out rows, evaluated every config.training.eval_every steps and at the end.
         ref: a CachedRef / RefModel / AdapterOff replacing what config.reference names.
 
     Returns:

@@ -1,8 +1,8 @@
 """An index of many fingerprints: add checkpoints one by one, ask which of them a suspect is most like.
 
 One file a model, written atomically, so adding is resumable and a checkpoint that fails is recorded and does not stop the rest. A query is
-one pass over half-precision sketches, packed once: b numbers a channel, 24 KB a model at the defaults, 10,000 models in 123 MB for one
-variant of the terms. No approximate-neighbour structure is needed below a million models.
+one pass over half-precision sketches, packed once: b numbers a channel, by arithmetic 123 MB for 10,000 models and one variant of the
+terms at the defaults. No approximate-neighbour structure is needed below a million models.
 """
 
 from __future__ import annotations
