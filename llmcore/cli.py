@@ -12,6 +12,7 @@ import sys
 COMMANDS = {
     "align": ("align", "train on preference data, or score it"),
     "huref": ("huref", "where a checkpoint comes from: compare, fingerprint, index, plan, attack"),
+    "bench": ("bench", "kernels and methods beside their peers, on this machine"),
     "demo": ("demo", "run the methods on the embedded model and write report.html"),
     "doctor": ("doctor", "device, backends, versions, what is missing and the command that mends it"),
     "guard": ("guard", "Gradient Cuff: calibrate, check prompts, serve a guarded OpenAI-compatible endpoint"),
