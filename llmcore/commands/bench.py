@@ -18,8 +18,8 @@ def benches() -> dict[str, Path]:
     folder = Path(llmcore.__file__).resolve().parent.parent / "bench"
     found = {path.stem.removeprefix("bench_").replace("_", "-"): path for path in sorted(folder.glob("bench_*.py"))}
     if not found:
-        raise FileNotFoundError(f"no benches beside the package (looked in {folder}): they are part of the repository, not of the installed "
-                                "package; clone it and install with `pip install --no-build-isolation -e .`")
+        raise FileNotFoundError(f"no benches beside the package (looked in {folder}): they are part of the repository, not of the "
+                                "installed package; clone it and install with `pip install --no-build-isolation -e .`")
     return found
 
 
