@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmcore.decoding import Batch, Counters, Decoder, Row, _attend, _merge, decoder_for, stop_ids
+from llmcore.decoding import Batch, Counters, Decoder, Row, decoder_for, stop_ids
+from llmcore.decoding.attention import attend, merge
 from llmcore.generation import Sampling, complete, kept_distribution, sample_from_embeddings, stream
 from llmcore.phrases import PhraseMatcher, PhraseRule, TextRule, phrase_rule, token_bytes
 from llmcore.sampling import draw, kept_candidates, philox4x32, uniforms
@@ -128,8 +129,8 @@ def test_partial_softmaxes_merge_to_one(softcap):
     truth = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v.double().repeat_interleave(3, 1)
     for device_path in (None, 1e9):  # 1e9: a soft cap that does nothing sends the same numbers through the path without the CPU operator
         cap = softcap or device_path
-        parts = [_attend(q, k[:, :, part], v[:, :, part], 0.3, mask=mask[..., part], softcap=cap) for part in (slice(0, 4), slice(4, 11))]
-        torch.testing.assert_close(_merge(parts).double(), truth, rtol=1e-5, atol=1e-6)
+        parts = [attend(q, k[:, :, part], v[:, :, part], 0.3, mask=mask[..., part], softcap=cap) for part in (slice(0, 4), slice(4, 11))]
+        torch.testing.assert_close(merge(parts).double(), truth, rtol=1e-5, atol=1e-6)
 
 
 def test_greedy_completions_equal_generate(smollm2):
