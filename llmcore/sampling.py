@@ -85,19 +85,22 @@ def kept_candidates(logits: torch.Tensor, temperature: float, top_k: int, top_p:
     if temperature == 0:
         best, ids = scaled.max(dim=-1, keepdim=True)
         return ids, torch.where(best.isnan(), best, 1.0).double()
-    scaled = scaled / temperature
     vocab = scaled.shape[-1]
     cut = float(1 - Decimal(repr(float(top_p)))) * (1 + _SLACK)
     if 0 < top_k < vocab:
         # One candidate more than k shows whether the k-th value is tied; ties are all kept.
+        # Dividing keeps the order, so the largest of the logits are the largest of the quotients: only those are divided.
         width = min(top_k + 1, vocab)
         values, ids = scaled.topk(width, dim=-1)
+        values = values / temperature
         while width < vocab and bool((values[:, -1] == values[:, top_k - 1]).any()):
             width = min(2 * width, vocab)
             values, ids = scaled.topk(width, dim=-1)
+            values = values / temperature
         values = torch.where(values < values[:, top_k - 1 : top_k], float("-inf"), values)
         log_norm = values.double().logsumexp(-1, keepdim=True)
     else:
+        scaled = scaled / temperature
         # Widen the selection until its mass reaches top_p: everything below it is dropped by definition, no full sort is needed.
         log_norm = scaled.double().logsumexp(-1, keepdim=True)
         width = vocab if top_p >= 1 else min(256, vocab)

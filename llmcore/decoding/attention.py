@@ -22,14 +22,18 @@ def attend(
     scale: float,
     *,
     mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     causal: bool = False,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention with its log-sum-exp: query (B, H, Q, D), key and value (B, G, K, D) → (B, H, Q, D), (B, H, Q) float32.
 
-    `mask` is boolean, broadcastable to (B, 1, Q, K); a fully masked query gives zeros and −inf.
+    `mask` is boolean, broadcastable to (B, 1, Q, K); a fully masked query gives zeros and −inf. `bias` is the same mask as 0 and −inf in
+    the query's dtype, given beside it when it serves many layers and every query sees something.
     """
     if query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]:
+        if bias is not None:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
         bias = None if mask is None else torch.where(mask, 0.0, float("-inf")).to(query.dtype)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         # The operator's lse of a query that sees nothing is not −inf.
@@ -99,6 +103,9 @@ class PrefillPlan:
             windowed = window is not None and shift + seg.length > window
             at = torch.arange(seg.length, device=query.device)
             near = (at[:, None] - at) < window if windowed else None
+            if seg.prefix and not windowed and softcap is None and shift <= seg.length and query.device.type == "cpu":
+                result.append(self._behind(rows(query), own_key, own_value, seg.prefix, layer, scale))
+                continue
             parts = [
                 attend(
                     rows(query),
@@ -119,6 +126,18 @@ class PrefillPlan:
                 parts.append(tuple(x[0].unflatten(1, (seg.rows, seg.length)).transpose(0, 1) for x in (out, lse)))  # type: ignore[arg-type]
             result.append(merge(parts).transpose(1, 2).reshape(seg.rows * seg.length, query.shape[1], -1))
         return (torch.cat(result) if len(result) > 1 else result[0])[None]
+
+    @staticmethod
+    def _behind(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix: Prefix, layer: int, scale: float) -> torch.Tensor:
+        """Rows (R, ·, L, D) behind a prefix of a ≤ L tokens as one causal square of a + L: (R·L, H, D).
+
+        The first a queries are fillers that nobody reads; a square costs less than a second, rectangular softmax and its merge.
+        """
+        rows, heads, length, dim = query.shape
+        opening = prefix.pool.layers[layer]  # type: ignore[union-attr]
+        key, value = (torch.cat([old.expand(rows, -1, -1, -1), new], 2) for old, new in zip(opening, (key, value), strict=True))
+        square = torch.cat([query.new_zeros(rows, heads, prefix.length, dim), query], 2)
+        return attend(square, key, value, scale, causal=True)[0][:, :, prefix.length :].transpose(1, 2).reshape(rows * length, heads, -1)
 
 
 class DecodePart:
@@ -153,6 +172,7 @@ class DecodePart:
         self.at = torch.from_numpy(slots).to(device), torch.from_numpy(pool.prompt + entry).to(device)
         self.flat = torch.from_numpy(slots * self.width + column).to(device)
         self.visible = None if visible.all() else torch.from_numpy(visible).to(device)[:, None]
+        self._bias: torch.Tensor | None = None
         self._slots, self._column, self._device = slots, column, device
         self._windowed: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
 
@@ -192,6 +212,8 @@ class DecodePart:
         keys[slot, :, position] = key.transpose(0, 1)
         values[slot, :, position] = value.transpose(0, 1)
         own, before = self.masks(window)
+        if own is not None and own is self.visible and self._bias is None:
+            self._bias = torch.where(own, 0.0, float("-inf")).to(query.dtype)  # once a step: every layer sees the same
         heads, _count, dim = query.shape
         rows = query.transpose(0, 1)
         if self.dense:
@@ -205,6 +227,7 @@ class DecodePart:
             values[:, :, : self.used],
             scale,
             mask=own,
+            bias=self._bias if own is self.visible else None,
             softcap=softcap,
         )
         out, lse = out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
@@ -214,6 +237,8 @@ class DecodePart:
             return out
         prefix_key, prefix_value = self.prefix.pool.layers[layer]  # type: ignore[union-attr]
         other, other_lse = attend(query[None], prefix_key, prefix_value, scale, softcap=softcap, mask=before)
+        if before is None:  # both parts see something: two exponentials are one logistic function
+            return torch.lerp(out, other[0].transpose(0, 1), torch.sigmoid(other_lse[0].t() - lse)[..., None].to(out.dtype))
         return merge([(out, lse), (other[0].transpose(0, 1), other_lse[0].transpose(0, 1))])
 
 

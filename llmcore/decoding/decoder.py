@@ -68,6 +68,7 @@ class Decoder:
         self.vocab_size = self.embedding.weight.shape[0]
         self.eos_ids = stop_ids(base)
         self.lock = threading.RLock()
+        self._std: tuple[tuple[int, int], float] | None = None
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._configs = list(
             {id(m.config): m.config for m in base.modules() if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")}.values()
@@ -79,7 +80,7 @@ class Decoder:
             1, getattr(config, "num_attention_heads", 1)
         )
         self.kv_bytes_per_token = 2 * heads * head_dim * getattr(config, "num_hidden_layers", 1) * self.embedding.weight.element_size()
-        self.prefill_tokens = 512 if self.device.type == "cpu" else 16384
+        self.prefill_tokens = 1280 if self.device.type == "cpu" else 16384
         self.path, self.why = "shared", ""
         with self.lock:
             if path == "auto" and type(base).__name__ in VERIFIED and type(base).__module__.startswith("transformers."):
@@ -89,6 +90,15 @@ class Decoder:
                 self.path, self.why = "recompute", "asked for"
             elif reason := self._compare_paths():
                 self.path, self.why = "recompute", reason
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation of the embedding table's entries; computed again only when the table was written to."""
+        weight = self.embedding.weight
+        state = weight.data_ptr(), weight._version
+        if self._std is None or self._std[0] != state:
+            self._std = state, float(weight.detach().float().std())
+        return self._std[1]
 
     def embed(self, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """(L, d) input embeddings of token ids."""

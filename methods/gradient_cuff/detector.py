@@ -270,7 +270,7 @@ class Detector:
             raise ValueError(
                 f"num_directions must be at most the embedding size for kind='orthogonal', got {config.num_directions} > {self.dim}"
             )
-        self.embedding_std = float(weight.detach().float().std())
+        self.embedding_std = self.decoder.embedding_std
         self.smoothing = config.smoothing * (self.embedding_std if config.smoothing_relative_to else 1.0)
         self.early_exit = config.early_exit and threshold is not None and stage2 != "always"
         self.stage1_limit = statistic.stage1_limit(config.num_samples, config.stage1_threshold)
