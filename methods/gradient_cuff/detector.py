@@ -105,18 +105,20 @@ class Query:
             return 0
         if detector.stage2 == "always" or (config.schedule == "fused" and not detector.early_exit):
             return left
+        # Waves: a verdict of rejection often needs few directions. Without a single refusal so far there is nothing to gain by waiting.
+        wave = max(2, -(-3 * config.num_directions // 10))
+        fused = config.schedule == "fused"
         if self.admitted == 0:
-            return 1
-        if self.stage == 1:
+            return min(left, 1 + wave) if fused else 1
+        if self.stage == 1 and not fused:
             return 0
         if not detector.early_exit:
             return left
-        # Waves: a verdict of rejection often needs few directions. Without a single refusal so far there is nothing to gain by waiting.
         running = [row for row in self.rows[1 : self.admitted] if row is not None and not row.done]
         if running and self.waited < _PATIENCE:
             return 0
         quiet = self.admitted > 1 and not self.low.any()
-        return left if quiet else min(left, max(2, -(-3 * config.num_directions // 10)))
+        return left if quiet else min(left, wave)
 
     def admit(self, number: int) -> list[Row]:
         """The next rows to prefill."""
