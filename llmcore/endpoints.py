@@ -47,6 +47,15 @@ def chunk(stream_id: str, model: str, delta: dict[str, Any], finish_reason: str 
     return {"id": stream_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model, "choices": [choice], **extra}
 
 
+def _finishes(data: str) -> bool:
+    """Whether one event of a streamed completion carries a finish reason."""
+    try:
+        choices = json.loads(data)["choices"]
+        return any(choice.get("finish_reason") for choice in choices)
+    except (ValueError, TypeError, KeyError, AttributeError):  # an error event, or no completion at all: the answer is not whole
+        return False
+
+
 class Upstream:
     """An OpenAI-compatible server that answers.
 
@@ -88,22 +97,28 @@ class Upstream:
         return value
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
-        """The upstream's events, as they come. EndpointError when it fails, also in the middle or without a [DONE]."""
+        """The upstream's events, as they come. EndpointError when it fails, also in the middle.
+
+        An answer is whole when a finish reason or [DONE] came; `transformers serve` sends only the first, and [DONE] is added.
+        """
         import httpx
 
-        finished = False
+        finished = done = False
         try:
             async with self.client.stream("POST", "chat/completions", json=self._body(body)) as response:
                 if response.status_code >= 400:
                     self._raise_for(response.status_code, await response.aread())
                 async for line in response.aiter_lines():
                     if line.startswith("data:"):
-                        finished = line[5:].strip() == "[DONE]"
+                        done = line[5:].strip() == "[DONE]"
+                        finished = finished or done or _finishes(line[5:])
                         yield line.encode() + b"\n\n"
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise EndpointError(502, f"upstream failed: {type(error).__name__} {error}", "upstream_error") from error
         if not finished:
             raise EndpointError(502, "upstream ended its answer early", "upstream_error")
+        if not done:
+            yield event("[DONE]")
 
     @staticmethod
     def _raise_for(status: int, content: bytes) -> None:

@@ -259,6 +259,8 @@ class Guard:
         note = {"llmcore_guard": {"rejected": verdict.rejected, "stage": verdict.stage}}
         stream_id = f"chatcmpl-{uuid.uuid4().hex}"
         try:
+            # First the guard's own mark: a flagged answer must be recognisable whoever gives it.
+            yield event(chunk(stream_id, self.name, {"role": "assistant", "content": ""}, **note))
             if self.upstream is not None and not (verdict.rejected and self.action == "refuse"):
                 source = self.upstream.stream(body).__aiter__()
                 while True:
@@ -268,7 +270,6 @@ class Guard:
                         return
                     except asyncio.TimeoutError:
                         raise EndpointError(504, f"upstream was silent for {self.limits.seconds:.0f} seconds", "timeout") from None
-            yield event(chunk(stream_id, self.name, {"role": "assistant", "content": ""}, **note))
             if verdict.rejected and self.action == "refuse":
                 yield event(chunk(stream_id, self.name, {"content": self.message}))
                 yield event(chunk(stream_id, self.name, {}, "content_filter"))
@@ -287,6 +288,9 @@ class Guard:
             yield event("[DONE]")
         except EndpointError as error:
             yield event(error.body())
+        except Exception as error:  # the boundary of one stream: headers are sent, so the error is an event
+            LOG.exception("stream failed")
+            yield event(EndpointError(500, f"{type(error).__name__}: {error}", "internal_error").body())
         finally:
             self.leave(ticket)
 

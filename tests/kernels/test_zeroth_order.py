@@ -241,6 +241,33 @@ def test_estimator_on_a_linear_function():
     torch.testing.assert_close(result.gradient[0], slope, rtol=0, atol=1e-6)  # float32 rows are orthogonal to 1e-7
 
 
+def _logistic(x):
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("loss", [
+    lambda x, a: x @ a, lambda x, a: (x @ a) ** 2 + x @ x, lambda x, a: _logistic(x @ a),
+    lambda x, a: np.floor(10 * _logistic(9 * x @ a)) / 10,
+], ids=["linear", "quadratic", "logistic", "lattice"])
+def test_estimator_on_known_functions(backend, loss):
+    """F of one common shift of the user's rows, in float64, with rows of the independent generator: 1/(P mu) sum_j v_j u_j to 1e-10."""
+    dim, num_directions, mu, seed = 29, 6, 0.02, 2**40 + 7
+    rng = np.random.default_rng(2)
+    at, slope = rng.normal(size=dim), rng.normal(size=dim)
+    rows = np.stack([_numpy_row(seed, j, dim) for j in range(num_directions)]).astype(np.float32).astype(np.float64)
+    if backend == "triton":  # formed in float32 on the device: the rows that are really added count
+        ours = directions(seed, num_directions, dim, backend=backend)[0].double().numpy()
+        np.testing.assert_allclose(ours, rows, rtol=0, atol=2e-6)
+        rows = ours
+    base, values = loss(at, slope), np.array([loss(at + mu * row, slope) for row in rows])
+    truth = ((values - base)[:, None] * rows).sum(0) / (num_directions * mu)
+    result = zeroth_order_gradient(torch.from_numpy(values)[None], torch.tensor([base], dtype=torch.float64), smoothing=mu, seeds=[seed],
+                                   dim=dim, return_gradient=True, backend=backend)
+    np.testing.assert_allclose(result.gradient[0].numpy(), truth, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(result.norm.item(), np.linalg.norm(truth), rtol=1e-10)
+
+
 def test_second_moment_of_a_flat_landscape():
     """Counts of refusals at p = 0.2 everywhere: E|g|² = 2 d p (1-p) / (P N mu²), over 20,000 draws with a seed each, within 5 %."""
     draws, num_directions, samples, dim, mu, p = 20_000, 10, 10, 64, 0.02, 0.2

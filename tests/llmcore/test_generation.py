@@ -135,6 +135,7 @@ def test_partial_softmaxes_merge_to_one(softcap):
 
 def test_greedy_completions_equal_generate(smollm2):
     prompts = _chat("Say hi.", "What is the capital of France?", "Tell me about a dog that went to sea and found a small boat there.")
+    decoder_for(smollm2).clear()  # the count below is that of a prefix seen for the first time
     ours = complete(smollm2, prompts, Sampling(temperature=0, max_new_tokens=12))
     assert ours.path == "shared"
     for prompt, completion in zip(prompts, ours, strict=True):
