@@ -172,7 +172,8 @@ def finished(path: Path) -> int:
 
 def judged(model: Any, lines: list[str], threshold: float, config: Any, start: int = 0, group: int = 16) -> Iterator[dict[str, Any]]:
     """One result a line, in order; a line that fails is reported in its place and costs no other."""
-    from llmcore.methods.gradient_cuff.detector import Detector, verdict_of
+    from llmcore.methods.gradient_cuff.detector import Detector
+    from llmcore.methods.gradient_cuff.query import verdict_of
 
     for begin in range(start, len(lines), group):
         results: dict[int, dict[str, Any]] = {}

@@ -22,7 +22,9 @@ from llmcore.decoding import Row
 from llmcore.endpoints import EndpointError, Upstream, chunk, completion, event
 from llmcore.generation import pieces
 from llmcore.methods.gradient_cuff.config import CuffConfig, CuffVerdict
-from llmcore.methods.gradient_cuff.detector import REJECTION, Detector, Query, start_answer, verdict_of
+from llmcore.methods.gradient_cuff.detector import Detector
+from llmcore.methods.gradient_cuff.judge import REJECTION
+from llmcore.methods.gradient_cuff.query import Query, start_answer, verdict_of
 from llmcore.sampling import Sampling
 
 LOG = logging.getLogger("llmcore.guard")

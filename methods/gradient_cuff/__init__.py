@@ -13,11 +13,18 @@ Hu, Chen, Ho, "Gradient Cuff: Detecting Jailbreak Attacks on Large Language Mode
     prompt       assemble: prefix, user text, suffix
     refusals     phrase lists, RefusalMatcher, refused
     statistic    decide, norm_from_counts, norm_bounds, threshold_from_scores
-    detector     Detector, score, check, calibrate, guard, landscape
+    query        one query's rows, waves of directions, verdict
+    detector     Detector: many queries in one batch
+    judge        score, check, guard
+    calibration  calibrate: threshold for a false-positive rate, positive control
+    picture      landscape
 """
 
+from llmcore.methods.gradient_cuff.calibration import calibrate
 from llmcore.methods.gradient_cuff.config import Calibration, CuffConfig, CuffScore, CuffVerdict, GuardedAnswer, fingerprint
-from llmcore.methods.gradient_cuff.detector import REJECTION, Detector, calibrate, check, guard, landscape, score
+from llmcore.methods.gradient_cuff.detector import Detector
+from llmcore.methods.gradient_cuff.judge import REJECTION, check, guard, score
+from llmcore.methods.gradient_cuff.picture import landscape
 from llmcore.methods.gradient_cuff.prompt import Assembled, assemble
 from llmcore.methods.gradient_cuff.refusals import OFFICIAL_PHRASES, RefusalMatcher, refused
 from llmcore.methods.gradient_cuff.statistic import Threshold, decide, norm_bounds, norm_from_counts, threshold_from_scores

@@ -29,8 +29,8 @@ class CuffConfig:
     an attacker
     optimise against the very directions in use, so a service sets a secret one. schedule: "sequential" starts stage 2 after stage 1 is
     passed,
-    "fused" runs both at once. early_exit (in `check` and `guard`): stop a query as soon as its verdict is certain; the verdict "
-    "never changes.
+    "fused" runs both at once. early_exit (in `check` and `guard`): stop a query as soon as its verdict is certain; the verdict
+    never changes.
     share_samples: run equal beginnings of samples once. answer_after: marker behind which a thinking model answers.
     """
 

@@ -12,8 +12,8 @@ Messages = str | Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Assembled:
-    """Token ids of a prompt in three pieces; `span` = (a, a + n) are the query's positions, `mask` tells which of its tokens are "
-    "the user's.
+    """Token ids of a prompt in three pieces; `span` = (a, a + n) are the query's positions, `mask` tells which of its tokens are
+    the user's.
 
     With span="last_user" the mask is all true; with "all_user" the query runs from the first user's text to the last one and the mask
     leaves out what lies between.
