@@ -1,11 +1,14 @@
 """Preference loss: what inactive pairs cost, and a whole DPO training step beside TRL's own trainer on the embedded model.
 
     python -m pytest bench/bench_preference.py -s            tables, and bench/results/<device>/preference_*.json
+    python -m pytest bench/bench_preference.py -s -k "lora and 8"                    one of them (each takes minutes on two cores)
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import os
 import statistics
 import tempfile
 import time
@@ -18,86 +21,133 @@ import pytest
 import torch
 
 WORDS = ["the", "river", "moves", "over", "warm", "stones", "while", "three", "birds", "argue", "about", "rain", "and", "nobody", "writes"]
-PAIRS, PROMPT_WORDS, COMPLETION_WORDS = 2, 32, 64
+# Tokens of prompt, chosen and rejected of eight pairs drawn from the human preference data of hh-rlhf (harmless-base): the mix of lengths
+# is what padding and repeated prompts pay for. BENCH_PAIRS=file.jsonl.gz takes the texts of real pairs instead.
+LENGTHS = ((126, 31, 34), (192, 71, 46), (156, 6, 72), (46, 14, 15), (18, 37, 20), (15, 10, 9), (192, 37, 110), (292, 97, 55))
+STEPS = ("trl", "llmcore DPOTrainer", "llmcore align")
 
 
-def _rows() -> list[dict[str, str]]:
-    """Fixed word salad: the cost of a step does not depend on what the tokens say."""
+def _rows(pairs: int) -> list[dict[str, str]]:
+    """Word salad of fixed lengths (the cost of a step does not depend on what the tokens say), or the first real pairs of a file."""
+    if source := os.environ.get("BENCH_PAIRS"):
+        from llmcore import data
+
+        rows = [row for row in data.read_rows(source) if isinstance(row.prompt, str) and all(str(c).strip() for c in row.completions)]
+        names = ("prompt", "chosen", "rejected")
+        return [dict(zip(names, (str(row.prompt), *map(str, row.completions)), strict=True)) for row in rows[:pairs]]
 
     def text(seed: int, length: int) -> str:
         return " ".join(WORDS[(seed + i * (seed % 7 + 1)) % len(WORDS)] for i in range(length))
 
-    sides = (("prompt", 0, PROMPT_WORDS), ("chosen", 5, COMPLETION_WORDS), ("rejected", 9, COMPLETION_WORDS))
-    return [{name: " " * (name != "prompt") + text(i + seed, length) for name, seed, length in sides} for i in range(PAIRS)]
+    names = (("prompt", 0), ("chosen", 5), ("rejected", 9))
+    return [
+        {name: " " * (name != "prompt") + text(i + seed, length) for (name, seed), length in zip(names, lengths, strict=True)}
+        for i, lengths in enumerate(LENGTHS[:pairs])
+    ]
 
 
-def whole_step(which: str, adapter: str) -> Callable[[], Any]:
-    """Zero gradients, forward of policy and reference, loss, backward, AdamW: one optimiser step of the named trainer."""
+def _perturb(model: torch.nn.Module) -> None:
+    """Move the policy off its reference, so that equal losses mean equal computations (at the start every loss is ln 2)."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += (0.02 if "lora_" in name else 0.01 * parameter.std()) * noise
+
+
+def whole_step(which: str, adapter: str, pairs: int) -> Callable[[], Any]:
+    """Zero gradients, forward of policy and live reference, loss, backward, AdamW: one optimiser step of the named implementation.
+
+    All take the batch that TRL's collator made of the same rows: equal token ids, equal scored tokens.
+    """
     import trl
     from datasets import Dataset, disable_progress_bars
+    from llmcore.methods import direct_alignment
     from peft import LoraConfig
 
+    from llmcore import data
     from llmcore.integrations.trl import DPOTrainer
+    from llmcore.losses import DPO
     from llmcore.models import load_model
 
     warnings.simplefilter("ignore")
     disable_progress_bars()
     loaded = load_model("smollm2", device="cpu", dtype=torch.float32)
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if adapter == "lora" else None
-    config = trl.DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=PAIRS, report_to=[], use_cpu=True, bf16=False,
+    config = trl.DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=pairs, report_to=[], use_cpu=True, bf16=False,
                            gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, learning_rate=1e-6)  # fmt: skip
-    trainer = {"trl": trl.DPOTrainer, "llmcore": DPOTrainer}[which](
-        model=loaded.model, ref_model=None if lora else copy.deepcopy(loaded.model), args=config, train_dataset=Dataset.from_list(_rows()),
-        processing_class=loaded.tokenizer, peft_config=lora)  # fmt: skip
+    trainer = (trl.DPOTrainer if which == "trl" else DPOTrainer)(
+        model=loaded.model, ref_model=None if lora else copy.deepcopy(loaded.model), args=config,
+        train_dataset=Dataset.from_list(_rows(pairs)), processing_class=loaded.tokenizer, peft_config=lora)  # fmt: skip
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    trainer.model.train()
-    optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-6)
+    model = trainer.model
+    _perturb(model)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     trainer.optimizer = optimizer
+    if which == "llmcore align":
+        loss = DPO()
+        reference = direct_alignment.AdapterOff() if lora else direct_alignment.RefModel(trainer.ref_model)
+        packed = data.Batch.from_fields(batch, layout="shared", isolate=True)
+
+        def compute() -> torch.Tensor:
+            return direct_alignment.preference_step(model, packed, loss, reference).loss
+    else:
+
+        def compute() -> torch.Tensor:
+            trainer._metrics["train"].clear()
+            return trainer.compute_loss(model, batch)
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = trainer.compute_loss(trainer.model, batch)
+        loss = compute()
         loss.backward()
         optimizer.step()
-        trainer._metrics["train"].clear()
         return float(loss.detach())
 
     step.tokens = int(batch["attention_mask"].sum())  # type: ignore[attr-defined]
     return step
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
 def markdown(content: dict[str, Any]) -> str:
     """The README table of one whole-step result."""
-    lines = [f"{content['model']}, {content['pairs']} pairs, {content['tokens']} tokens a step.", "",
-             "| step | median ms [p20, p80] | tokens/s | peak memory above the model, MiB |", "|---|---:|---:|---:|"]
+    lines = [f"{content['model']}, {content['pairs']} pairs, {content['tokens']} tokens a step, live reference.", "",
+             "| step | median ms [p20, p80] | tokens/s | peak memory above the model, MiB | tokens/s, memory over TRL |",
+             "|---|---:|---:|---:|---:|"]  # fmt: skip
     for name, row in content["rows"].items():
+        ratios = content["ratios"].get(name)
+        against = f"{ratios['tokens_per_second']:.2f}x, {ratios['peak_memory']:.2f}x" if ratios else ""
         lines.append(f"| {name} | {row['median_ms']:.0f} [{row['p20_ms']:.0f}, {row['p80_ms']:.0f}] | {row['tokens_per_second']:.0f} "
-                     f"| {row['peak_bytes'] / 2**20:.0f} |")
-    ratios = content["ratios"]
-    return "\n".join(lines) + (f"\n\nllmcore over TRL: {ratios['tokens_per_second_over_trl']:.2f}x the tokens/s, "
-                              f"{ratios['peak_memory_over_trl']:.2f}x the memory.")
+                     f"| {row['peak_bytes'] / 2**20:.0f} | {against} |")  # fmt: skip
+    return "\n".join(lines)
 
 
-def test_whole_step_beside_trl(adapter):
-    steps = {name: whole_step(name, adapter) for name in ("trl", "llmcore")}
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("pairs", [2, 8])
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_whole_step_beside_trl(adapter, pairs):
+    rounds = int(os.environ.get("BENCH_ROUNDS", "5" if pairs == 2 else "3"))
+    steps = {name: whole_step(name, adapter, pairs) for name in STEPS}
     first = {name: step() for name, step in steps.items()}
-    assert first["llmcore"] == pytest.approx(first["trl"], abs=1e-4), "no time is reported for a different loss"
-    rows: dict[str, dict[str, Any]] = harness.interleaved(steps, rounds=5)
-    for name, step in steps.items():
-        rows[name]["tokens_per_second"] = step.tokens / rows[name]["median_ms"] * 1e3
+    assert abs(first["trl"] - math.log(2)) > 1e-3, "policy and reference must differ for equal losses to mean something"
+    for name, value in first.items():
+        assert value == pytest.approx(first["trl"], rel=1e-4), f"no time is reported for a different loss: {name}"
+    rows: dict[str, dict[str, Any]] = harness.interleaved(steps, rounds=rounds)
     tokens = steps["trl"].tokens
     del steps
-    for name in rows:
-        rows[name]["peak_bytes"] = harness.peak_memory(whole_step, (name, adapter), threads=torch.get_num_threads())
-    ratios = {"tokens_per_second_over_trl": rows["llmcore"]["tokens_per_second"] / rows["trl"]["tokens_per_second"],
-              "peak_memory_over_trl": rows["llmcore"]["peak_bytes"] / rows["trl"]["peak_bytes"]}  # fmt: skip
     for name, row in rows.items():
-        rate, peak = row["tokens_per_second"], row["peak_bytes"] / 2**20
-        print(f"{adapter:5s} {name:8s} {row['median_ms']:9.0f} ms  {rate:7.1f} tokens/s  {peak:7.0f} MiB")
-    print(adapter, ratios)
-    content = {"model": "SmolLM2-135M-Instruct float32", "pairs": PAIRS, "tokens": tokens, "first_loss": first, "rows": rows}
-    harness.save(f"preference_step_{adapter}", content | {"ratios": ratios})
+        row["tokens_per_second"] = tokens / row["median_ms"] * 1e3
+        row["peak_bytes"] = harness.peak_memory(whole_step, (name, adapter, pairs), threads=torch.get_num_threads())
+    base = rows["trl"]
+    ratios = {name: {"tokens_per_second": row["tokens_per_second"] / base["tokens_per_second"],
+                     "peak_memory": row["peak_bytes"] / base["peak_bytes"]} for name, row in rows.items() if name != "trl"}  # fmt: skip
+    trained = "LoRA of rank 16" if adapter == "lora" else "all weights"
+    data = "real pairs" if os.environ.get("BENCH_PAIRS") else "word salad in lengths of hh-rlhf"
+    content = {"model": f"SmolLM2-135M-Instruct float32, {trained}", "pairs": pairs, "tokens": tokens, "data": data, "first_loss": first,
+               "rows": rows, "ratios": ratios}  # fmt: skip
+    print("\n" + markdown(content))
+    harness.save(f"preference_step_{adapter}_{pairs}", content)
 
 
 @pytest.mark.parametrize("mode", ["recompute", "resident"])

@@ -74,7 +74,7 @@ def unwrap(model: Any) -> nn.Module:
 def base_model(model: Any) -> nn.Module:
     """The transformers model below wrappers and adapters."""
     model = unwrap(model)
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft marks the wrapped model too with its settings
 
 
 def backbone(model: Any) -> nn.Module:
@@ -134,6 +134,24 @@ def head_of(model: Any) -> Head:
     return Head(weight, bias, scale, float(softcap) if softcap else None)
 
 
+def accepts_block_mask(model: Any) -> bool:
+    """Whether the model's attention takes a mask (B, 1, T, T), so that a pair's common prompt can be computed once."""
+    config = base_model(model).config
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) or any("sliding" in kind for kind in getattr(text, "layer_types", None) or ())
+    return config._attn_implementation in ("sdpa", "eager") and not window
+
+
+def attention_inputs(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """A block mask (B, 1, T, T) bool in the form that the model's attention adds up: eager attention takes it as a number to add."""
+    mask = inputs.get("attention_mask")
+    base = base_model(module)
+    if mask is None or mask.dim() != 4 or base.config._attn_implementation != "eager":
+        return inputs
+    dtype = next(base.parameters()).dtype
+    return {**inputs, "attention_mask": torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)}
+
+
 def hidden_states(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """(B, T, D) states that the head reads, through the outermost module's own forward.
 
@@ -141,6 +159,7 @@ def hidden_states(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tenso
     own logits are asked for no position, so they cost nothing.
     """
     module = model.model if not isinstance(model, nn.Module) and hasattr(model, "model") else model
+    inputs = attention_inputs(module, inputs)
     caught: list[torch.Tensor] = []
 
     def catch(_module: nn.Module, _args: Any, output: Any) -> None:

@@ -4,7 +4,8 @@
 
 Data handling, reference handling, PEFT, checkpoints and logging stay TRL's. Replaced, on the trainer's own model instances only (nothing
 in TRL or transformers is patched): the LM head's log-probabilities (`fused_linear_logprob`: only scored rows, float32 statistics, neither
-weight gradient nor recomputation for a frozen head) and the loss (`llmcore.losses`, one implementation, every option acts or raises). The
+weight gradient nor recomputation for a frozen head), the trunk's input (a pair's prompt is computed once, with sdpa or eager attention and
+no sliding window) and the loss (`llmcore.losses`, one implementation, every option acts or raises). The
 model still runs through `Module.forward`, so DDP and FSDP synchronise as usual.
 
 Where TRL and this trainer differ on purpose:
@@ -17,9 +18,11 @@ Where TRL and this trainer differ on purpose:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +32,10 @@ from torch.distributed.tensor import DTensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
+from llmcore.adapters import accepts_block_mask, attention_inputs
+from llmcore.data import Batch
 from llmcore.kernels.linear_logprob import fused_linear_logprob
-from llmcore.losses import Combine, PairLoss, ld_weights, loss_from_name
+from llmcore.losses import Combine, PairLoss, ld_logps, loss_from_name, segment_sums, wpo_weights
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +114,8 @@ def _plain_head(model: Any) -> Any:
 def install_head(model: Any, outputs: tuple[str, ...]) -> None:
     """Let `model(..., labels=labels, fused_lm_head=True)` return per-token results of the fused kernel; other calls keep their forward.
 
+    With `rows` (N,), flat positions among the (B, T) of the input, `labels` (N,) are what those rows predict and the results are (N,);
+    without, labels (B, T) are shifted here and the results are (B, T - 1).
     Changes the forward of this instance only, as TRL does with its own head; calling it twice does nothing more.
     """
     _plain_head(model)
@@ -116,13 +123,15 @@ def install_head(model: Any, outputs: tuple[str, ...]) -> None:
         return
     inner, options = model.forward, _head_options(model.config)
 
-    def forward(self, *args, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs):
+    def forward(self, *args, fused_lm_head: bool = False, labels: Tensor | None = None, rows: Tensor | None = None, **kwargs):
         if not fused_lm_head:
             return inner(*args, **kwargs) if labels is None else inner(*args, labels=labels, **kwargs)
         if kwargs.pop("shift_labels", None) is not None:
             raise ValueError("shift_labels (context or sequence parallelism) is not supported by llmcore's DPOTrainer; use TRL's")
         kwargs["use_cache"] = False
         hidden_states = self.base_model(*args, **kwargs).last_hidden_state
+        if rows is not None:
+            hidden_states = hidden_states.flatten(0, 1).index_select(0, rows)
         head = _plain_head(self)
         weight, bias = head.weight, head.bias
         if isinstance(weight, DTensor):  # FSDP2: the whole head is needed once; autograd scatters its gradient back
@@ -134,14 +143,14 @@ def install_head(model: Any, outputs: tuple[str, ...]) -> None:
             weight,
             labels.to(hidden_states.device),
             bias=bias,
-            shift=1,
+            shift=1 if rows is None else 0,
             outputs=outputs,
             detach=("entropy",) if "entropy" in outputs else (),
             **options,
         )
 
         def shifted(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:, 1:]
+            return x if x is None or rows is not None else x[:, 1:]
 
         return FusedCausalLMOutput(
             log_probs=shifted(scores.logp),
@@ -149,13 +158,33 @@ def install_head(model: Any, outputs: tuple[str, ...]) -> None:
             log_sum_sq_probs=shifted(scores.log_sum_sq),
             mean_logits=shifted(scores.mean_logit),
             is_top1=shifted(scores.is_top1),
-            label_mask=labels[:, 1:] != -100,
+            label_mask=shifted(labels != -100),
         )
 
     # Autocast wrappers read the function behind the bound method; generate() reads its signature through __wrapped__.
     forward.__wrapped__ = type(model).forward
     forward._llmcore_outputs = outputs
     model.forward = types.MethodType(forward, model)
+
+
+@dataclasses.dataclass
+class TokenScores:
+    """Flat results of the scored tokens (N,), sequence after sequence, and `counts` (2P,) of each. Only `logp` carries a gradient."""
+
+    logp: Tensor
+    counts: Tensor
+    entropy: Tensor | None
+    mean_logit: Tensor | None
+    is_top1: Tensor | None
+    log_sum_sq: Tensor | None
+
+    @classmethod
+    def of(cls, outputs: list[FusedCausalLMOutput], counts: Tensor, flat: Callable[[list[Tensor]], Tensor]) -> TokenScores:
+        def field(name: str) -> Tensor | None:
+            parts = [getattr(output, name) for output in outputs]
+            return None if parts[0] is None else flat(parts)
+
+        return cls(field("log_probs"), counts, *(field(n) for n in ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")))
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -199,20 +228,42 @@ class DPOTrainer(trl.DPOTrainer):
         if self.ref_model is not None:
             install_head(self.accelerator.unwrap_model(self.ref_model), ("logp",))
 
-    def _forward_logps(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
-        """Model output, (2P,) sequence sums (length-desensitised when ld_alpha is set), (2P,) scored-token counts."""
-        data = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
-        keywords = {name: value for name, value in inputs.items() if name not in data}
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        outputs = model(**keywords, use_cache=False, labels=labels, fused_lm_head=True)
-        mask = inputs["completion_mask"][:, 1:].bool()
-        counts = mask.sum(dim=1)
-        values = outputs.log_probs.double()
-        if self.ld_alpha is not None:
-            weight = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
-            weight[mask] = ld_weights(counts, self.ld_alpha).double()
-            values = values * weight
-        return outputs, values.sum(dim=1).to(outputs.log_probs.dtype), counts
+    def _shared_calls(self, inputs: dict[str, Any]) -> Batch | None:
+        """The batch with each pair's prompt computed once and no padding between pairs, or None where the model cannot take that.
+
+        It needs attention that accepts a block mask (sdpa or eager, no sliding window) and inputs of plain text. Several trunk calls a
+        step, one for each pair, are as fast as one on a CPU and save the padding; data parallel ranks and GPUs get a single call.
+        """
+        known = {"input_ids", "attention_mask", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+        if set(inputs) - known or not accepts_block_mask(self._policy()):
+            return None
+        device = inputs["input_ids"].device
+        fields = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+        return Batch.from_fields(fields, layout="shared", isolate=device.type == "cpu" and self.accelerator.num_processes == 1).to(device)
+
+    def _score(self, model: Any, inputs: dict[str, Any]) -> TokenScores:
+        """Scores of the scored tokens of a batch, sequence after sequence, chosen before rejected."""
+        batch = self._shared_calls(inputs)
+        if batch is None:
+            keywords = {name: inputs[name] for name in set(inputs) - {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}}
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+            output = model(**keywords, use_cache=False, labels=labels, fused_lm_head=True)
+            mask = inputs["completion_mask"][:, 1:].bool()
+            return TokenScores.of([output], mask.sum(dim=1), lambda parts: parts[0][mask])
+        # Rows leave the calls pair after pair; `order` brings them into the order of the sequences.
+        order = torch.arange(len(batch.labels), device=batch.labels.device) if batch.order is None else batch.order
+        labels = torch.empty_like(batch.labels).index_copy_(0, order, batch.labels).split([len(call.rows) for call in batch.calls])
+        outputs = [
+            model(**attention_inputs(model, call.inputs), labels=own, rows=call.rows, use_cache=False, fused_lm_head=True)
+            for call, own in zip(batch.calls, labels, strict=True)
+        ]
+        return TokenScores.of(outputs, batch.counts, lambda parts: torch.cat(parts).index_select(0, order))
+
+    def _sums(self, scores: TokenScores) -> Tensor:
+        """(2P,) log-probabilities of the sequences, length-desensitised when ld_alpha is set."""
+        if self.ld_alpha is None:
+            return segment_sums(scores.logp, scores.counts)
+        return ld_logps(scores.logp, scores.counts, self.ld_alpha)
 
     def compute_ref_log_probs(self, model, inputs):
         """(P,), (P,) reference log-probabilities of a batch, by the same arithmetic as the policy's: equal models give equal numbers."""
@@ -223,27 +274,23 @@ class DPOTrainer(trl.DPOTrainer):
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            _, logps, _ = self._forward_logps(model, inputs)
+            logps = self._sums(self._score(model, inputs))
         return logps.chunk(2, dim=0)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        outputs, logps, counts = self._forward_logps(model, inputs)
+        scores = self._score(model, inputs)
+        counts = scores.counts
         if self.precompute_ref_logps:
             references = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         elif self.preference_loss.needs_reference:
             references = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
         else:
             references = None, None
-        lw, ll = logps.chunk(2)
+        lw, ll = self._sums(scores).chunk(2)
         nw, nl = counts.chunk(2)
-        mask = inputs["completion_mask"][:, 1:].bool()
-        weights = None
-        if self.use_weighting:
-            with torch.no_grad():
-                mean = ((outputs.log_probs - outputs.log_sum_sq_probs) * mask).sum(dim=1) / counts.clamp(min=1)
-            weights = mean.exp().chunk(2)[0] * mean.exp().chunk(2)[1]
+        weights = wpo_weights(scores.logp, scores.log_sum_sq, counts) if self.use_weighting else None
         out = self.preference_loss(lw, ll, *references, nw, nl, weights=weights)
-        self._record(out, outputs, lw, ll, nw, nl, references, mask, inputs)
+        self._record(out, scores, lw, ll, nw, nl, references, inputs)
         if not return_outputs:
             return out.loss
         warnings.warn("return_outputs=True recomputes the logits with an extra forward pass", stacklevel=2)
@@ -251,15 +298,15 @@ class DPOTrainer(trl.DPOTrainer):
             names = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
             return out.loss, model(**{k: v for k, v in inputs.items() if k not in names}, use_cache=False)
 
-    def _record(self, out, outputs, lw, ll, nw, nl, references, mask, inputs) -> None:
+    def _record(self, out, scores, lw, ll, nw, nl, references, inputs) -> None:
         """Metrics of the step: sums and counts of all ranks in one gather, one copy to the host."""
         with torch.no_grad():
-            half = len(lw)
+            chosen = int(nw.sum())  # of the flat tokens, the first ones are the chosen completions
             rewards_w, rewards_l = (self.beta * (x if r is None else x - r) for x, r in zip((lw, ll), references, strict=True))
             margins = rewards_w - rewards_l
             size = out.coef_w.abs()
             bound = self.preference_loss.coefficient_bound
-            pairs = torch.tensor(float(half), device=lw.device)
+            pairs = torch.tensor(float(len(lw)), device=lw.device)
             sums = {
                 "rewards/chosen": (rewards_w.sum(), pairs),
                 "rewards/rejected": (rewards_l.sum(), pairs),
@@ -270,10 +317,10 @@ class DPOTrainer(trl.DPOTrainer):
                 "logps/rejected": (ll.sum(), pairs),
                 "logps_mean/chosen": (lw.sum(), nw.sum()),
                 "logps_mean/rejected": (ll.sum(), nl.sum()),
-                "entropy": ((outputs.entropy * mask).sum(), mask.sum()),
-                "logits/chosen": ((outputs.mean_logits * mask)[:half].sum(), nw.sum()),
-                "logits/rejected": ((outputs.mean_logits * mask)[half:].sum(), nl.sum()),
-                "mean_token_accuracy": ((outputs.is_top1 & mask)[:half].sum(), nw.sum()),
+                "entropy": (scores.entropy.sum(), scores.counts.sum()),
+                "logits/chosen": (scores.mean_logit[:chosen].sum(), nw.sum()),
+                "logits/rejected": (scores.mean_logit[chosen:].sum(), nl.sum()),
+                "mean_token_accuracy": (scores.is_top1[:chosen].sum(), nw.sum()),
                 "grad_coef/mean": (size.sum(), pairs),
                 "grad_coef/active": ((size > 0.01 * (size.max() if bound is None else bound)).sum(), pairs),
             }

@@ -146,7 +146,7 @@ class CachedRef:
                     known.add(line["example"])
             else:
                 partial.unlink(missing_ok=True)
-                training._append(partial, dict(fingerprint))
+                training.append_line(partial, dict(fingerprint))
         todo = [i for i in mine if i not in known]
         module = adapters.unwrap(model)
         was_training = module.training
@@ -165,7 +165,7 @@ class CachedRef:
                             )
                         scores[i] = row.double()
                         if partial is not None:
-                            training._append(partial, {"example": i, "logp": row.tolist()})
+                            training.append_line(partial, {"example": i, "logp": row.tolist()})
                     bar.update(len(known) + begin + len(part))
         finally:
             module.train(was_training)

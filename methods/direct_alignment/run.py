@@ -23,16 +23,14 @@ from llmcore.training import TrainResult
 def trunk_layout(model: Any, config: Config, *, paired: bool) -> tuple[str, bool]:
     """The layout and isolation that "auto" means for this model."""
     base = adapters.base_model(model)
-    text = base.config.get_text_config()
-    window = getattr(text, "sliding_window", None) or any("sliding" in kind for kind in getattr(text, "layer_types", None) or ())
-    masks = base.config._attn_implementation in ("sdpa", "eager") and not window
+    masks = adapters.accepts_block_mask(base)
     layout = config.layout
     if layout == "auto":
         layout = "shared" if masks and paired else "padded"
     elif layout == "shared" and not masks:
         raise ValueError(
-            f"layout 'shared' needs an attention that takes a block mask (sdpa or eager, no sliding window), got "
-            f"{base.config._attn_implementation!r}{' with a sliding window' if window else ''}; use 'padded'"
+            "layout 'shared' needs an attention that takes a block mask (sdpa or eager, no sliding window), got "
+            f"{base.config._attn_implementation!r} of {type(base).__name__}; use 'padded'"
         )
     isolate = config.isolate if config.isolate is not None else next(base.parameters()).device.type == "cpu"
     return layout, isolate

@@ -14,26 +14,42 @@ pytest.importorskip("peft")
 from typer.testing import CliRunner
 
 from llmcore.commands import demo as command
-from llmcore.demo import Context, alignment
-from llmcore.demo.report import table
+from llmcore.demo import Context, alignment, prompts
+from llmcore.demo.report import Marked, cards, table
 
 
-def test_the_rule_pairs_shortest_with_longest_and_drops_ties():
-    assert alignment.label(["a b c d", "a", "a b c", "a b"]) == [("a", "a b c d"), ("a b", "a b c")]
-    assert alignment.label(["x y", "z w"]) == []
-    assert alignment.label(["", "one", "one two"]) == [("one", "one two")]  # an empty answer is no answer
-    assert [n for n in range(8) if alignment.is_held_out(n)] == [3, 7]
+def answer(text: str, ended: bool = True) -> alignment.Answer:
+    return alignment.Answer(text, ended)
+
+
+def test_the_rule_is_one_whole_sentence():
+    for text in ("Bees make honey.", "Is it blue?", " Paris, of course! "):
+        assert alignment.keeps_the_rule(answer(text)), text
+        assert not alignment.keeps_the_rule(answer(text, ended=False)), text
+    for text in ("Paris", "Paris.", "It is blue. It is not green.", "A list:\n1 one.", "No end", "What?! Yes.", ""):
+        assert not alignment.keeps_the_rule(answer(text)), text
+
+
+def test_pairs_join_answers_that_keep_the_rule_with_answers_that_break_it():
+    good, other, cut, two = answer("It is blue."), answer("It is so."), answer("It is", ended=False), answer("Blue. Very.")
+    assert alignment.label([good, cut, other, two, good]) == [(good.text, cut.text), (other.text, two.text)]
+    assert alignment.label([good, other]) == []
+    assert alignment.label([cut, answer("")]) == []  # an empty answer is no answer
+    assert alignment.share([good, cut]) == 0.5
+    assert [n for n in range(8) if prompts.is_held_out(n)] == [3, 7]
+    assert len(set(prompts.PROMPTS)) == len(prompts.PROMPTS)
 
 
 def test_cells_are_escaped():
-    assert "<script>" not in table(("a",), [("<script>alert(1)</script>",)])
+    attack = "<script>alert(1)</script>"
+    for page in (table(("a",), [(attack,)]), table((attack,), [(Marked(attack, True),)]), cards([(attack, attack)])):
+        assert "<script>" not in page
 
 
 def test_interrupted_and_finished(tmp_path, monkeypatch):
     from llmcore.methods import direct_alignment
 
-    monkeypatch.setattr(alignment, "MAX_NEW_TOKENS", 8)
-    monkeypatch.setattr(alignment, "TEMPERATURE", 1.5)  # so that eight tokens differ in their number of words
+    monkeypatch.setattr(alignment, "MAX_NEW_TOKENS", 12)
     whole = direct_alignment.train
 
     def one_step(*args, **options):
@@ -43,13 +59,13 @@ def test_interrupted_and_finished(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(direct_alignment, "train", one_step)
         with pytest.raises(KeyboardInterrupt):
-            alignment.section(Context(tmp_path, lambda _: None, steps=2, prompts=4, progress=False))
+            alignment.section(Context(tmp_path, lambda _: None, steps=2, prompts=8, progress=False))
     assert not (tmp_path / "report.html").exists()
     folder = tmp_path / "alignment"
     kept = {name: (folder / name).read_bytes() for name in ("samples.json", "training/metrics.jsonl")}
     assert len(kept["training/metrics.jsonl"].splitlines()) == 1
 
-    run = CliRunner().invoke(command.app, ["--out", str(tmp_path), "--steps", "2", "--prompts", "4"], catch_exceptions=False)
+    run = CliRunner().invoke(command.app, ["--out", str(tmp_path), "--steps", "2", "--prompts", "8"], catch_exceptions=False)
     assert run.exit_code == 0, run.output
     assert "keeping the samples" in run.output
     assert (folder / "samples.json").read_bytes() == kept["samples.json"]
@@ -59,8 +75,9 @@ def test_interrupted_and_finished(tmp_path, monkeypatch):
     assert numbers["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) == numbers["pairs"] > 0
-    assert all(alignment.words(p["chosen"][0]["content"]) < alignment.words(p["rejected"][0]["content"]) for p in pairs)
+    assert all(alignment.keeps_the_rule(answer(p["chosen"][0]["content"])) for p in pairs)
+    assert all(p["prompt"][0]["content"] in prompts.PROMPTS for p in pairs)  # the plain question, without the request
     page = (tmp_path / "report.html").read_text()
-    assert "no measure of quality" in page
+    assert "not at truth" in page
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page) == []  # nothing outside the file
     assert page.count("<img") == 1

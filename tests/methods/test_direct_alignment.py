@@ -53,13 +53,13 @@ def plain_logps(module: torch.nn.Module, examples) -> torch.Tensor:
     return (logp * scored[:, 1:]).sum(1).view(-1, 2)
 
 
-def plain_run(model, examples, steps: int, rate: float, rank: int) -> list[float]:
-    """Mean margin before each update of textbook DPO with LoRA and AdamW, nothing of the library but the seeded adapters."""
+def plain_run(model, examples, steps: int, rate: float, rank: int) -> tuple[list[float], torch.nn.Module]:
+    """Mean margin before each update of textbook DPO with AdamW, and the trained module; nothing of the library but the seeded adapters."""
     module = adapters.unwrap(model)
-    module.requires_grad_(False)
+    module.requires_grad_(rank == 0)
     with torch.no_grad():
         reference = plain_logps(module, examples)
-    module = adapters.add_lora(module, rank=rank, seed=0).train()
+    module = adapters.add_lora(module, rank=rank, seed=0).train() if rank else module.train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     margins = []
@@ -72,7 +72,7 @@ def plain_run(model, examples, steps: int, rate: float, rank: int) -> list[float
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 10.0)
         optimizer.step()
-    return margins
+    return margins, module
 
 
 def follow(name: str, tmp_path, *, rate: float, **layout) -> None:
@@ -85,7 +85,7 @@ def follow(name: str, tmp_path, *, rate: float, **layout) -> None:
     assert result.skipped == 0
     assert np.float32(result.history[0]["loss"]) == np.float32(np.log(2.0))
     plain = load_model(name, device="cpu", dtype="float32")
-    expected = np.array(plain_run(plain, tokenized(plain), STEPS, rate, rank))
+    expected = np.array(plain_run(plain, tokenized(plain), STEPS, rate, rank)[0])
     ours = np.array(result.curve("rewards/margins"))
     assert result.history[-1]["rewards/accuracies"] == 1.0
     assert expected[-1] > 0.5, "the plain run must have learnt something for the comparison to mean anything"
@@ -101,6 +101,44 @@ def test_fifty_steps_follow_a_plain_run_on_the_real_model(tmp_path):
 
 def test_fifty_steps_follow_a_plain_run(tiny_model, tmp_path):
     follow(tiny_model, tmp_path, rate=5e-3, layout="shared", isolate=False)
+
+
+def same_weights(name: str, tmp_path, *, rate: float, rank: int, **layout) -> None:
+    """Twenty steps of the fused path and of plain logits end in the same weights, every tensor to 1e-5 of its norm."""
+    model = load_model(name, device="cpu", dtype="float32")
+    config = da.Config(loss_options={"beta": BETA}, batch_size=8, micro_batch_size=4, num_steps=20, lora_rank=rank,
+                       training=TrainingConfig(learning_rate=rate, warmup_steps=0), **layout)  # fmt: skip
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    result = da.train(PAIRS, config=config, model=model, output_dir=tmp_path / "run", progress=False)
+    assert result.steps == 20
+    from safetensors.torch import load_file as load
+
+    final = tmp_path / "run" / "final"
+    ours = load(final / ("adapter_model.safetensors" if rank else "model.safetensors"))
+    _, plain = plain_run(load_model(name, device="cpu", dtype="float32"), tokenized(model), 20, rate, rank)
+    compared = 0
+    for name, p in plain.named_parameters():
+        stored = name.replace(".default.", ".") if rank else name
+        if not p.requires_grad:
+            continue
+        difference = (ours[stored] - p).norm() / p.norm()
+        assert difference <= 1e-5, f"{name}: {difference:.2e}"
+        moved = (p - before[name]).norm() / p.norm() if not rank else p.norm()
+        assert moved > 1e-5, f"{name} did not move"
+        compared += 1
+    assert compared == len(ours)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("rank", [0, 8])
+def test_twenty_steps_give_the_weights_of_a_plain_run_on_the_real_model(rank, tmp_path):
+    same_weights("smollm2", tmp_path, rate=1e-5 if rank == 0 else 1e-4, rank=rank)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_twenty_steps_give_the_weights_of_a_plain_run(rank, tiny_model, tmp_path):
+    same_weights(tiny_model, tmp_path, rate=1e-4, rank=rank)
 
 
 def test_first_loss_of_the_real_model_is_ln_2_to_the_last_bit(smollm2):
