@@ -1,6 +1,7 @@
 """Gradient Cuff on one CPU thread against the published flow, interleaved in one run: CPU seconds a query.
 
-    python bench/bench_gradient_cuff.py short|long|attack|verdicts|early          (or: python -m pytest bench/bench_gradient_cuff.py)
+    python bench/bench_gradient_cuff.py short|long|attack|verdicts|early
+    python -m pytest bench/bench_gradient_cuff.py -s                          short alone; with -m slow the others, minutes each
 
 short, long  N = P = 10, T = 16, about 6 and about 300 user tokens, both stages run, prompts that never refuse; with `short` also a decode
              step behind 300 tokens against one behind 6. The published flow repeats the prompt for every sample: one batch of N copies for
@@ -411,7 +412,10 @@ def main(what: str) -> None:
     print(path)
 
 
-@pytest.mark.parametrize("what", ["short", "long", "attack", "verdicts", "early"])
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("long", "attack", "verdicts", "early")]
+
+
+@pytest.mark.parametrize("what", ["short", *SLOW])
 def test_bench(what, capsys):
     with capsys.disabled():
         main(what)
