@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -300,6 +301,8 @@ class FlowRecorder:
                 raise ValueError(f"position_ids must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(position_ids.shape)}")
             inputs["position_ids"] = position_ids[:, :kept]
         self.documents = self._packed(inputs, total, batch)
+        if self.documents is not None:
+            self._refuse_shared_segments(self.documents)
         self._inner_ids = self._ids[:, : self.prefix_length + kept]
         rows = positions - self.prefix_length
         spans = self._spans_to_pack(inputs, rows)
@@ -520,6 +523,17 @@ class FlowRecorder:
         longest = max(len(one) for one in starts) + 1
         length = positions.shape[1]
         return torch.tensor([one + [length] * (longest - len(one)) for one in starts], dtype=torch.int32, device=positions.device)
+
+    def _refuse_shared_segments(self, documents: Tensor) -> None:
+        """A segment of two documents would divide by pairs across them, which no row can see."""
+        for b, borders in enumerate(documents.tolist()):
+            seen: set[int] = set()
+            for start, end in itertools.pairwise(borders):
+                here = set(self._ids[b, start:end].tolist()) - {-1}
+                if here & seen:
+                    names = [self.names[i] for i in sorted(here & seen)]
+                    raise ValueError(f"segments {names} have tokens in several documents of packed row {b}; name each document's own")
+                seen |= here
 
 
 def _indices(name: str, given: Sequence[int] | None, count: int) -> list[int]:
