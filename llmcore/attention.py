@@ -45,6 +45,7 @@ from llmcore.target_loss import LOSSES, target_loss
 
 __all__ = ["LOSSES", "FlowRecorder", "estimate_memory", "prefix_cache", "token_segments"]
 
+
 def estimate_memory(model: Any, num_tokens: int, batch: int = 1) -> dict[str, int]:
     """Bytes of a saliency pass, before running it.
 
@@ -290,7 +291,7 @@ class FlowRecorder:
             if not bool((targets[..., None] == choice).any(-1).all()):
                 raise ValueError(f"candidates must hold every target id, got {choice.tolist()} for targets {targets.tolist()}")
         self._ids = segment_ids(self.segments, self.names, batch, total, device)
-        self._flows, self._counts, self._kinds_of_mask = {}, {}, {}
+        self._flows, self._counts, self._kinds_of_mask, self.metadata = {}, {}, {}, {}
         self._device = device
         kept = int(positions.max()) + 1 - self.prefix_length  # rows behind the last target carry no gradient
         inputs: dict[str, Any] = {"input_ids": input_ids[:, :kept]}
@@ -319,7 +320,7 @@ class FlowRecorder:
             logits = self.model(**inputs, use_cache=self.prefix is not None).logits
             if not gathered:
                 logits = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]))
-            outcome = target_loss(logits.view(*targets.shape, -1), targets, loss, choice)
+            outcome = target_loss(logits.reshape(*targets.shape, -1), targets, loss, choice)
             self.loss, self._single = outcome.value, outcome.single
             self.one_minus_p = outcome.one_minus_p[:, 0] if outcome.single else outcome.one_minus_p
             if not outcome.scalar.requires_grad:
@@ -416,7 +417,7 @@ class FlowRecorder:
     # ---- called by the attention function ----------------------------------------------------------------------------------------------
 
     def layer_went_backward(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, grad: Tensor, options: dict[str, Any]
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, grad: Tensor, options: dict[str, Any], window: int | None
     ) -> None:
         """One layer's bins; a layer that was not asked for passes."""
         if layer not in self.layers:
@@ -447,7 +448,7 @@ class FlowRecorder:
             )
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from error
-        self._kinds_of_mask[layer] = {"causal": options["causal"], "window": options["window"]}
+        self._kinds_of_mask[layer] = {"causal": options["causal"], "window": window}
 
     def _count(self, batch: int, total: int, attention_mask: Tensor | None) -> None:
         """Counts over the whole sequence, tokens behind the target included, for each kind of mask once."""

@@ -63,8 +63,10 @@ class Listener(Protocol):
     packing: Packing | None
 
     def layer_went_backward(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, grad: Tensor, options: dict[str, Any]
-    ) -> None: ...
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, grad: Tensor, options: dict[str, Any], window: int | None
+    ) -> None:
+        """options: as `saliency_flow` takes them, the window left out where it hides nothing. window: the layer's own."""
+        ...
 
 
 @contextlib.contextmanager
@@ -107,7 +109,15 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, listener: Listener, layer: int, options: dict[str, Any]
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        listener: Listener,
+        layer: int,
+        options: dict[str, Any],
+        window: int | None,
     ) -> Tensor:
         packing, prefix = listener.packing, key.shape[2] - query.shape[2]
         q, k, v = _inside(packing, prefix, query, key, value)
@@ -115,7 +125,7 @@ class _Attention(torch.autograd.Function):
         if packing is not None:
             output = packing.end_to_end(output)
         ctx.save_for_backward(query, key, value, output, lse, sinks)
-        ctx.listener, ctx.layer, ctx.options, ctx.packing, ctx.prefix = listener, layer, options, packing, prefix
+        ctx.listener, ctx.layer, ctx.options, ctx.window, ctx.packing, ctx.prefix = listener, layer, options, window, packing, prefix
         return output
 
     @staticmethod
@@ -125,9 +135,9 @@ class _Attention(torch.autograd.Function):
         query, key, value = _inside(packing, ctx.prefix, query, key, value)
         if packing is not None:
             grad, output = packing.side_by_side(grad), packing.side_by_side(output)
-        ctx.listener.layer_went_backward(ctx.layer, query, key, value, lse, grad, options)
+        ctx.listener.layer_went_backward(ctx.layer, query, key, value, lse, grad, options, ctx.window)
         if not any(ctx.needs_input_grad[:4]):
-            return (None,) * 7
+            return (None,) * 8
         dq, dk, dv, dsinks = attention_lse_bwd(
             grad,
             query,
@@ -148,7 +158,7 @@ class _Attention(torch.autograd.Function):
         )
         if packing is not None:
             dq, dk, dv = packing.end_to_end(dq), packing.columns_back(dk, ctx.prefix), packing.columns_back(dv, ctx.prefix)
-        return dq, dk, dv, dsinks if sinks is not None else None, None, None, None
+        return dq, dk, dv, dsinks if sinks is not None else None, None, None, None, None
 
 
 def _inside(packing: Packing | None, prefix: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,22 +201,23 @@ def attention(
     rows, cols = query.shape[2], key.shape[2]
     if cols > listener.prefix_length + rows:
         raise ValueError(
-            f"{name} attends to {cols} keys for {listener.prefix_length + rows} tokens; static caches and cross-attention are not "
-            f"supported"
+            f"{name} attends to {cols} keys for {listener.prefix_length + rows} tokens; static caches and cross-attention are not supported"
         )
     documents = listener.documents
     if documents is not None and documents.shape[0] == 1:
         documents = documents[0]
+    window = int(sliding_window) if sliding_window else None
+    longest = cols if listener.packing is None else cols - rows + max(listener.packing.lengths)
     options = {
         "softmax_scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         "causal": causal,
-        "window": None if not sliding_window or sliding_window >= cols else int(sliding_window),
+        "window": None if window is None or window >= longest else window,
         "softcap": softcap,
         "key_mask": None if attention_mask is None else attention_mask[:, -cols:].bool(),
         "cu_seqlens_q": documents,
     }
     sinks = s_aux.to(query.dtype) if s_aux is not None else None
-    output = _Attention.apply(query, key, value, sinks, listener, layer, options)
+    output = _Attention.apply(query, key, value, sinks, listener, layer, options, window)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -318,10 +329,7 @@ def borrowed(model: Any, num_layers: int, first_layer: int, positions: Tensor, c
                 kept.append(
                     (
                         layer,
-                        {
-                            name: layer.__dict__.get(name)
-                            for name in ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
-                        },
+                        {name: layer.__dict__.get(name) for name in ("training", "gradient_checkpointing", "_gradient_checkpointing_func")},
                     )
                 )
                 layer.training = True  # this module alone: its children stay in eval mode, so no dropout wakes up

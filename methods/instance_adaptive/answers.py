@@ -11,9 +11,7 @@ _END = r"(?=[^\d=\n]*(?:\n|$))"  # nothing but a unit or a full stop behind it
 # answer family -> expression with one filled group, the answer; a cue is required, a delimiter must follow (never "1" of "18")
 PATTERNS = {
     # "=" is a cue only at the end of a line whose left side computes ("3 + 4 = 7"): "x = 3, y = 4" states what is given
-    "number": re.compile(
-        rf"(?i){_CUE}[^\d\n+\-$€£]{{0,20}}({_NUMBER})(?!\d)|[\d)%]\s*[-+*/x×÷^][^=\n]*=[^\S\n]*({_NUMBER})(?!\d){_END}"
-    ),
+    "number": re.compile(rf"(?i){_CUE}[^\d\n+\-$€£]{{0,20}}({_NUMBER})(?!\d)|[\d)%]\s*[-+*/x×÷^][^=\n]*=[^\S\n]*({_NUMBER})(?!\d){_END}"),
     "option": re.compile(r"(?i)(?:answer\s*(?:is|:)|####|\\boxed\s*\{)\s*(?:is\b|:)?\s*(?:option\s+)?\(?([A-Z])(?![A-Za-z'])"),
     "yesno": re.compile(r"(?i)(?:answer\s*(?:is|:)|####|\\boxed\s*\{)\s*(?:is\b|:)?\W{0,3}(yes|no|true|false|valid|invalid)\b"),
 }

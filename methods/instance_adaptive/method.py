@@ -57,8 +57,10 @@ class InstanceAdaptivePrompting:
             there = json.loads(json.dumps(threshold.metadata))
             differ = [key for key in _COMPARABLE if mine.get(key) != there.get(key)]
             if differ:
-                raise ValueError(f"threshold was calibrated with other {', '.join(differ)}: {[there.get(key) for key in differ]}, now "
-                                 f"{[mine.get(key) for key in differ]}; calibrate again")
+                raise ValueError(
+                    f"threshold was calibrated with other {', '.join(differ)}: {[there.get(key) for key in differ]}, now "
+                    f"{[mine.get(key) for key in differ]}; calibrate again"
+                )
 
     # ---- text and spans ------------------------------------------------------------------------------------------------------------------
 

@@ -272,6 +272,15 @@ def test_a_suffix_batch_of_unequal_lengths_equals_full_passes():
             assert torch.equal(rec.counts[b], full.counts[0])
 
 
+def test_counts_know_the_window_of_tokens_behind_the_target():
+    model = _model("Mistral", sliding_window=9)
+    ids, segments, _, _ = _batch()
+    rec = FlowRecorder(model, segments[:1]).run(ids[:1], target_positions=7, target_ids=3)  # 8 tokens run: the window hides none of them
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    onehot = torch.nn.functional.one_hot(segments[0] + 1, 4)[:, 1:]
+    assert torch.equal(rec.counts[0, 0], onehot.T @ ((distance >= 0) & (distance < 9)).long() @ onehot)
+
+
 def test_restricted_cross_entropy_slices_the_logits_first():
     """Trap T3: the label-words loss is cross-entropy over the candidates only."""
     model = _model("Llama")
