@@ -16,7 +16,7 @@ def token_segments(offsets: Sequence[tuple[int, int]], spans: Mapping[str, Spans
     tokenizers return them."""
     result: dict[str, list[tuple[int, int]]] = {}
     for name, given in spans.items():
-        chosen = []
+        chosen: list[tuple[int, int]] = []
         for start, end in span_list(given):
             inside = [i for i, (a, b) in enumerate(offsets) if start <= a < end and b > a]
             for i in inside:
