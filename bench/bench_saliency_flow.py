@@ -5,13 +5,14 @@ flash attention forward + backward without any saliency. One process, interleave
     python bench/bench_saliency_flow.py [--sizes 256,1024,2048] [--long 8192] [--rounds 3] [--save]
 
 All three freeze the parameters, keep logits at the last token only and sum the same three segments, so the difference is saliency alone.
-FLOP of the bins: 2·n²·d·H a layer (two products, causal half). Floor: those FLOP at the rate of the library's float32 product on this
-machine, measured in the same run; the exponentials are meant to hide behind the products.
+Floor of the bins: 2·n²·d·H FLOP a layer (two products, causal half) at the rate of the library's float32 product, and n²·H/2 exponentials
+at the rate of its exp, both measured in the same run, one after the other. The share of the product's rate alone is given beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -103,32 +104,61 @@ def flop(n: int) -> float:
     return 2.0 * n * n * HEAD_DIM * HEADS * LAYERS
 
 
-def measure(n: int, *, rounds: int, model: Any, memory: bool) -> dict[str, Any]:
-    steps = {way: build(way, n, model) for way in ("flash, no saliency", "llmcore", "eager")}
-    truth, got = steps["eager"](), steps["llmcore"]()
+def exponentials(n: int) -> float:
+    return n * n * HEADS * LAYERS / 2.0
+
+
+def _exp_step() -> Callable[[], Any]:
+    """2^22 exponentials of numbers that stay in the second cache."""
+    x = torch.randn(1 << 17)
+    out = torch.empty_like(x)
+
+    def step() -> None:
+        for _ in range(32):
+            torch.exp(x, out=out)
+
+    return step
+
+
+def measure(n: int, *, rounds: int, model: Any) -> dict[str, Any]:
+    built = {way: build(way, n, model) for way in ("flash, no saliency", "llmcore", "eager")}
+    latest: dict[str, Any] = {}
+    steps = {way: functools.partial(lambda way, step: latest.__setitem__(way, step()), way, step) for way, step in built.items()}
+    gemm = harness.gemm_step(2048, 2048, 2048, torch.float32)
+    yardsticks = {"bins alone": kernel(n), "product 2048^3": gemm, "exp 2^22": _exp_step()}
+    rows = harness.interleaved({**steps, **yardsticks}, rounds=rounds, slow_rounds=rounds)
+    truth, got = latest["eager"], latest["llmcore"]
     error = ((got - truth).abs().max() / truth.abs().max()).item()
     if not error < 1e-4:
         raise RuntimeError(f"n = {n}: bins differ from eager attention by {error:.1e} of the largest; no times for a wrong result")
-    gemm = harness.gemm_step(2048, 2048, 2048, torch.float32)
-    rows = harness.interleaved({**steps, "bins alone": kernel(n), "product 2048^3": gemm}, rounds=rounds, slow_rounds=max(1, rounds - 1))
     rate = 2 * 2048**3 / rows["product 2048^3"]["median_ms"] / 1e6
+    exp_rate = 2**22 / rows["exp 2^22"]["median_ms"] / 1e6
     flash, total, eager, bins = (rows[name]["median_ms"] for name in ("flash, no saliency", "llmcore", "eager", "bins alone"))
-    peaks = {name: harness.peak_memory(build, (name, n), warm=False) for name in steps} if memory else {}
-    result = {
-        "n": n, "rows": rows, "peak_bytes": peaks, "error_of_largest_bin": error, "bins_flop": flop(n), "product_gflops": rate,
-        "bins_gflops": flop(n) / bins / 1e6, "bins_share_of_floor": flop(n) / bins / 1e6 / rate,
+    return {
+        "n": n, "rows": rows, "peak_bytes": {}, "error_of_largest_bin": error, "bins_flop": flop(n), "product_gflops": rate,
+        "exp_giga_per_second": exp_rate, "bins_gflops": flop(n) / bins / 1e6,
+        "bins_share_of_product_rate": flop(n) / bins / 1e6 / rate,
+        "bins_share_of_floor": (flop(n) / rate + exponentials(n) / exp_rate) / bins / 1e6,
         "added_over_flash_vs_eager": (total - flash) / (eager - flash), "total_vs_eager": total / eager, "total_vs_flash": total / flash,
     }  # fmt: skip
-    if peaks:
-        result["extra_memory_over_flash"] = peaks["llmcore"] / peaks["flash, no saliency"] - 1
-        result["eager_memory_vs_flash"] = peaks["eager"] / peaks["flash, no saliency"]
-    return result
+
+
+def measure_memory(result: dict[str, Any]) -> None:
+    """Peaks of the three ways, each in a fresh process, into `result`."""
+    peaks = {name: harness.peak_memory(build, (name, result["n"]), warm=False) for name in ("flash, no saliency", "llmcore", "eager")}
+    result["peak_bytes"] = peaks
+    result["extra_memory_over_flash"] = peaks["llmcore"] / peaks["flash, no saliency"] - 1
+    result["eager_memory_vs_flash"] = peaks["eager"] / peaks["flash, no saliency"]
 
 
 def markdown(content: dict[str, Any]) -> str:
     """The README table of one result file."""
-    lines = [f"SmolLM2-135M, float32, one sequence, three segments; product of matrices on this machine: "
-             f"{content['shapes'][-1]['product_gflops']:.0f} GFLOP/s.", "",
+    if "shapes" not in content:
+        return f"n = {content['n']}, SmolLM2-135M, float32, every layer recomputed in the backward: {content['seconds']:.0f} s, one run."
+    rates = f"{content['shapes'][-1]['product_gflops']:.0f} GFLOP/s"
+    if "exp_giga_per_second" in content["shapes"][-1]:
+        rates += f", {content['shapes'][-1]['exp_giga_per_second']:.1f}e9 exp/s"
+    lines = [f"SmolLM2-135M, float32, one sequence, three segments; rates of this machine: {rates}.", "",
              "| n | step | median ms [p20, p80] | rounds | peak MiB | of eager's time |", "|---:|---|---:|---:|---:|---:|"]
     for shape in content["shapes"]:
         eager = shape["rows"]["eager"]["median_ms"]
@@ -136,15 +166,17 @@ def markdown(content: dict[str, Any]) -> str:
             row, peak = shape["rows"][name], shape["peak_bytes"].get(name)
             lines.append(f"| {shape['n']} | {name} | {row['median_ms']:.0f} [{row['p20_ms']:.0f}, {row['p80_ms']:.0f}] | {row['rounds']} "
                          f"| {'' if peak is None else f'{peak / 2**20:.0f}'} | {row['median_ms'] / eager:.2f} |")
-    last = content["shapes"][-1]
-    flash, eager = (last["rows"][name]["median_ms"] for name in ("flash, no saliency", "eager"))
-    added = f"time added over flash {last['added_over_flash_vs_eager']:.2f} of what eager adds"
-    if eager <= flash:
-        added = "eager was no slower than flash in this run, so the shares of added time mean nothing"
-    return "\n".join(lines) + (
-        f"\n\nAt n = {last['n']}: {added}; bins at {last['bins_share_of_floor']:.2f} of the matrix product's rate; "
-        f"largest difference from eager {last['error_of_largest_bin']:.0e} of the largest bin."
-    )
+    lines.append("")
+    for shape in content["shapes"]:
+        flash, eager = (shape["rows"][name]["median_ms"] for name in ("flash, no saliency", "eager"))
+        added = f"time added over flash {shape['added_over_flash_vs_eager']:.2f} of what eager adds"
+        if eager <= flash:
+            added = "eager no slower than flash, so shares of added time mean nothing"
+        memory = f"memory over flash {shape['extra_memory_over_flash']:+.1%}; " if "extra_memory_over_flash" in shape else ""
+        floor = f"{shape['bins_share_of_floor']:.2f} of the floor, " if "bins_share_of_floor" in shape else ""
+        lines.append(f"n = {shape['n']}: {added}; {memory}bins at {floor}{shape['bins_share_of_product_rate']:.2f} of the product's rate; "
+                     f"largest difference from eager {shape['error_of_largest_bin']:.0e} of the largest bin.\n")
+    return "\n".join(lines).rstrip()
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -155,17 +187,16 @@ def _print(result: dict[str, Any]) -> None:
             f"  {name:<20} {row['median_ms']:10.1f} ms [{row['p20_ms']:.1f} {row['p80_ms']:.1f}]  "
             f"{f'{peak / 2**20:8.0f} MiB' if peak else ''}"
         )
-    for name in ("bins_gflops", "product_gflops", "bins_share_of_floor", "added_over_flash_vs_eager", "total_vs_eager", "total_vs_flash",
-                 "extra_memory_over_flash", "eager_memory_vs_flash"):  # fmt: skip
-        if name in result:
-            print(f"  {name:<28} {result[name]:.3f}")
+    for name, x in result.items():
+        if isinstance(x, float):
+            print(f"  {name:<28} {x:.3g}")
 
 
 def run(sizes: list[int], long: int | None, rounds: int, *, memory: bool = True, save: bool = False) -> dict[str, Any]:
     from llmcore.models import load_model
 
     model = load_model("smollm2", device="cpu", dtype=torch.float32)
-    results: dict[str, Any] = {"shapes": []}
+    results: dict[str, Any] = {}
     if long:
         step = build("llmcore recomputed", long, model)
         begin = time.perf_counter()
@@ -180,17 +211,20 @@ def run(sizes: list[int], long: int | None, rounds: int, *, memory: bool = True,
         if save:
             harness.save("saliency_flow_long", results["long"])
     for n in sizes:
-        results["shapes"].append(measure(n, rounds=max(1, rounds if n < 2048 else rounds - 1), model=model, memory=memory))
-        _print(results["shapes"][-1])
+        result = results[f"n{n}"] = measure(n, rounds=rounds, model=model)
+        for step in (None, measure_memory) if memory else (None,):
+            if step is not None:
+                step(result)
+            if save:  # a file a length, so that each length can be measured again alone; times first, since memory takes as long
+                harness.save(f"saliency_flow_{n}", {"shapes": [result]})
+        _print(result)
         sys.stdout.flush()
-        if save:
-            harness.save("saliency_flow", results)
     return results
 
 
 def test_saliency_flow_small():
     results = run([256], None, 3)
-    assert results["shapes"][0]["total_vs_eager"] < 2
+    assert results["n256"]["total_vs_eager"] < 2
 
 
 if __name__ == "__main__":

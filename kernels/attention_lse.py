@@ -26,6 +26,7 @@ from torch import Tensor
 # B batch, H query heads, G key/value heads (query head h reads h // (H / G)), n rows, m columns, d / e head sizes of key / value
 
 BLOCK_ROWS = 128
+MASK_LIMIT = 1 << 19  # entries of the mask of one call behind a prefix
 
 
 class Dense(NamedTuple):
@@ -135,7 +136,18 @@ def _folded(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, 
     return query.reshape(fold), expand(key), expand(value)
 
 
-def _flash_fwd(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+def _short_prefix(query: Tensor, key: Tensor, parts: list[Dense]) -> Tensor | None:
+    """(1, 1, n, m) mask to add, when rows behind a common prefix are few enough for one masked call instead of a rectangle and a square."""
+    batch, rows, cols = query.shape[0], query.shape[2], key.shape[2]
+    whole = [(0, batch, 0, rows, 0, cols - rows, False), (0, batch, 0, rows, cols - rows, cols, True)]
+    if query.is_cuda or rows * cols > MASK_LIMIT or [tuple(part) for part in parts] != whole:
+        return None
+    return torch.full((rows, cols), -math.inf, dtype=query.dtype, device=query.device).triu_(cols - rows + 1)[None, None]
+
+
+def _flash_fwd(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, window: int | None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     batch, heads, rows, _ = query.shape
     if query.is_cuda:
         left = -1 if window is None else window - 1
@@ -154,12 +166,21 @@ def _flash_fwd(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: f
         )
         return output.transpose(1, 2), lse
     q, k, v = _folded(query, key, value)
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return output.reshape(batch, heads, rows, -1)[..., : value.shape[3]], lse.reshape(batch, heads, rows)
 
 
 def _flash_bwd(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, causal: bool, scale: float, window: int | None
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, size = query.shape
     kv, cols, value_size = key.shape[1], key.shape[2], value.shape[3]
@@ -186,7 +207,7 @@ def _flash_bwd(
     fold = (*q.shape[:3], -1)
     g, o = (torch.nn.functional.pad(t, pad).reshape(fold) if pad[1] else t.reshape(fold) for t in (grad, output))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g, q, k, v, o, lse.reshape(fold[:3]), 0.0, causal, scale=scale
+        g, q, k, v, o, lse.reshape(fold[:3]), 0.0, causal, attn_mask=mask, scale=scale
     )
     dk, dv = (t.sum(1).view(batch, kv, cols, -1) for t in (dk, dv))
     return dq.reshape(batch, heads, rows, -1)[..., :size], dk[..., :size], dv[..., :value_size]
@@ -334,6 +355,8 @@ def attention_lse_fwd(
         output, lse = _blocked_fwd(query, key, value, low, high, None if key_mask is None else key_mask.bool(), scale, softcap)
     elif len(parts) == 1 and parts[0][:6] == (0, batch, 0, rows, 0, key.shape[2]):
         output, lse = _flash_fwd(query, key, value, parts[0].causal, scale, window)
+    elif (mask := _short_prefix(query, key, parts)) is not None:
+        output, lse = _flash_fwd(query, key, value, False, scale, window, mask)
     else:
         output = query.new_zeros(batch, heads, rows, value.shape[3])
         lse = torch.full((batch, heads, rows), -math.inf, dtype=_accumulation(query.dtype), device=query.device)
@@ -395,6 +418,8 @@ def attention_lse_bwd(
         grads = _blocked_bwd(grad, query, key, value, output, lse, low, high, None if key_mask is None else key_mask.bool(), scale, softcap)
     elif len(parts) == 1 and parts[0][:6] == (0, batch, 0, rows, 0, key.shape[2]):
         grads = _flash_bwd(grad, query, key, value, output, lse, parts[0].causal, scale, window)
+    elif (mask := _short_prefix(query, key, parts)) is not None:
+        grads = _flash_bwd(grad, query, key, value, output, lse, False, scale, window, mask)
     else:
         grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
         for part in parts:

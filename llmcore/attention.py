@@ -24,51 +24,26 @@ Cost: the model's forward and activation-only backward, plus 2·n²·d·H FLOP a
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
+import inspect
+import itertools
 import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmcore.kernels.attention_lse import attention_lse_bwd, attention_with_lse
+from llmcore.attention_interface import Packing, borrowed, listening
 from llmcore.kernels.saliency_flow import KINDS, OUTPUTS, SaliencyFlow, saliency_flow
 from llmcore.kernels.visibility import pair_counts, visible_ranges
+from llmcore.segments import segment_ids, segment_names, token_segments
+from llmcore.target_loss import LOSSES, target_loss
 
 # B batch, L recorded layers, H query heads, n tokens, S segments, P prefix tokens, T targets
 
-LOSSES = ("ce", "margin", "logit", "ce_restricted")
-Spans = Sequence[tuple[int, int]] | tuple[int, int]
-
-_NAME = "llmcore_saliency_flow"
-_lock = threading.RLock()  # one recorder runs at a time: the attention function finds it in `_active`, also from autograd's device threads
-_active: FlowRecorder | None = None
-
-# Keywords that reach the attention function and do not change what it computes. Any other, when it is set, is an error: a function that
-# swallows what it
-# does not know (sinks, a position bias, a chunk size) returns wrong logits without a word.
-_HARMLESS = frozenset(
-    {
-        "position_ids",
-        "use_cache",
-        "cache_position",
-        "output_hidden_states",
-        "output_router_logits",
-        "num_items_in_batch",
-        "max_length_q",
-        "max_length_k",
-        "return_dict",
-        "past_key_values",
-        "layer_idx",
-        "logits_to_keep",
-        "seq_idx",
-    }
-)
+__all__ = ["LOSSES", "FlowRecorder", "estimate_memory", "prefix_cache", "token_segments"]
 
 
 def estimate_memory(model: Any, num_tokens: int, batch: int = 1) -> dict[str, int]:
@@ -92,23 +67,6 @@ def estimate_memory(model: Any, num_tokens: int, batch: int = 1) -> dict[str, in
     flow = tokens * 2 * kv * size * 4
     eager = batch * config.num_hidden_layers * heads * num_tokens**2 * 2 * width + batch * heads * num_tokens**2 * 4
     return {"weights": weights, "activations": activations, "flow": flow, "total": weights + activations + flow, "eager_attention": eager}
-
-
-def token_segments(offsets: Sequence[tuple[int, int]], spans: Mapping[str, Spans]) -> dict[str, list[tuple[int, int]]]:
-    """Token spans of character spans: a token belongs to the segment in which it starts. offsets: (start, end) of every token, as
-    tokenizers return them."""
-    result: dict[str, list[tuple[int, int]]] = {}
-    for name, given in spans.items():
-        chosen = []
-        for start, end in _span_list(given):
-            inside = [i for i, (a, b) in enumerate(offsets) if start <= a < end and b > a]
-            for i in inside:
-                if chosen and chosen[-1][1] == i:
-                    chosen[-1] = (chosen[-1][0], i + 1)
-                else:
-                    chosen.append((i, i + 1))
-        result[name] = chosen
-    return result
 
 
 def prefix_cache(model: Any, input_ids: Tensor) -> Any:
@@ -166,17 +124,18 @@ class FlowRecorder:
         self.layers = _indices("layers", layers, self.num_layers)
         self.heads = _indices("heads", heads, self.num_heads)
         self.segments, self.outputs, self.prefix = segments, tuple(outputs), prefix_cache
-        if not isinstance(segments, (Mapping, Tensor, Sequence)) or isinstance(segments, str):
-            raise TypeError(f"segments must be a mapping, a list of mappings or an id tensor, got {type(segments).__name__}")
         self.checkpoint, self.exclude_diagonal, self.backend = checkpoint, exclude_diagonal, backend
         if checkpoint and prefix_cache is not None:
             raise ValueError("checkpoint=True and prefix_cache exclude each other: transformers drops the cache of a checkpointed layer")
-        self.names = self._segment_names()
+        self.names = segment_names(segments)
         self.pairs = None
         if pairs is not None:
             self.pairs = torch.zeros(len(self.names), len(self.names), dtype=torch.bool)
             for source, destination in pairs:
                 self.pairs[self._segment(destination), self._segment(source)] = True
+        self.prefix_length = 0
+        self.documents: Tensor | None = None
+        self.packing: Packing | None = None
         self.loss: Tensor | None = None
         self.one_minus_p: Tensor | None = None
         self.metadata: dict[str, Any] = {}
@@ -238,7 +197,7 @@ class FlowRecorder:
     ) -> Tensor:
         """(B, L, H) mean saliency with which `destination` (the reader) read `source`; see SaliencyFlow.mean for denominator and empty."""
         row, col = self._segment(destination), self._segment(source)
-        if self._prefix_length and bool((self._ids[:, : self._prefix_length] == row).any()):
+        if self.prefix_length and bool((self._ids[:, : self.prefix_length] == row).any()):
             raise ValueError(
                 f"destination {destination!r} has tokens in the cached prefix, whose rows were not run; make the prefix shorter"
             )
@@ -313,8 +272,8 @@ class FlowRecorder:
             raise ValueError("candidates must be given for loss='ce_restricted', and only for it")
         batch, given = input_ids.shape
         device = input_ids.device
-        self._prefix_length = self.prefix.get_seq_length() if self.prefix is not None else 0
-        total = self._prefix_length + given
+        self.prefix_length = self.prefix.get_seq_length() if self.prefix is not None else 0
+        total = self.prefix_length + given
         if attention_mask is not None:
             if attention_mask.dim() != 2:
                 raise ValueError(
@@ -331,39 +290,42 @@ class FlowRecorder:
             choice = torch.as_tensor(candidates, device=device).flatten()
             if not bool((targets[..., None] == choice).any(-1).all()):
                 raise ValueError(f"candidates must hold every target id, got {choice.tolist()} for targets {targets.tolist()}")
-        self._ids = self._segment_ids(batch, total, device)
-        self._flows, self._counts, self._kinds_of_mask = {}, {}, {}
-        self._single = positions.shape[1] == 1
+        self._ids = segment_ids(self.segments, self.names, batch, total, device)
+        self._flows, self._counts, self._kinds_of_mask, self.metadata = {}, {}, {}, {}
         self._device = device
-        kept = int(positions.max()) + 1 - self._prefix_length  # rows behind the last target carry no gradient
+        kept = int(positions.max()) + 1 - self.prefix_length  # rows behind the last target carry no gradient
         inputs: dict[str, Any] = {"input_ids": input_ids[:, :kept]}
         if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask[:, : self._prefix_length + kept]
+            inputs["attention_mask"] = attention_mask[:, : self.prefix_length + kept]
         if position_ids is not None:
             if position_ids.shape != input_ids.shape:
                 raise ValueError(f"position_ids must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(position_ids.shape)}")
             inputs["position_ids"] = position_ids[:, :kept]
+        self.documents = self._packed(inputs, total, batch)
+        if self.documents is not None:
+            self._refuse_shared_segments(self.documents)
+        self._inner_ids = self._ids[:, : self.prefix_length + kept]
+        rows = positions - self.prefix_length
+        spans = self._spans_to_pack(inputs, rows)
+        self.packing = None if spans is None else Packing(tuple(end - start for start, end in spans))
+        if spans is not None:
+            inputs, rows = self._pack(inputs, rows, spans)
         if self.prefix is not None:
             cache = copy.deepcopy(self.prefix)  # the model appends to it
-            if batch > 1 and cache.layers[0].keys.shape[0] == 1:
+            if spans is None and batch > 1 and cache.layers[0].keys.shape[0] == 1:
                 cache.batch_repeat_interleave(batch)
             inputs["past_key_values"] = cache
-        documents = self._packed(inputs, total, batch)
 
-        global _active
-        with _lock, self._borrowed(positions - self._prefix_length) as gathered:
-            self._documents = documents
-            _active = self
-            try:
-                logits = self.model(**inputs, use_cache=self.prefix is not None).logits
-                if not gathered:
-                    logits = logits.gather(1, (positions - self._prefix_length)[..., None].expand(-1, -1, logits.shape[-1]))
-                scalar = self._scalar(logits.float(), targets, loss, choice)
-                if not scalar.requires_grad:
-                    raise RuntimeError(f"no graph reaches the logits of {type(self.model).__name__}: its layers do not pass gradients")
-                scalar.backward()
-            finally:
-                _active = None
+        with listening(self), borrowed(self.model, self.num_layers, min(self.layers), rows, self.checkpoint) as gathered:
+            logits = self.model(**inputs, use_cache=self.prefix is not None).logits
+            if not gathered:
+                logits = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]))
+            outcome = target_loss(logits.reshape(*targets.shape, -1), targets, loss, choice)
+            self.loss, self._single = outcome.value, outcome.single
+            self.one_minus_p = outcome.one_minus_p[:, 0] if outcome.single else outcome.one_minus_p
+            if not outcome.scalar.requires_grad:
+                raise RuntimeError(f"no graph reaches the logits of {type(self.model).__name__}: its layers do not pass gradients")
+            outcome.scalar.backward()
         missing = [layer for layer in self.layers if layer not in self._flows]
         if missing:
             raise RuntimeError(
@@ -389,126 +351,84 @@ class FlowRecorder:
             "segments": self.names,
             "candidates": None if choice is None else choice.tolist(),
             "exclude_diagonal": self.exclude_diagonal,
-            "prefix": self._prefix_length,
+            "prefix": self.prefix_length,
         }
         return self
 
-    def _scalar(self, logits: Tensor, targets: Tensor, loss: str, candidates: Tensor | None) -> Tensor:
-        """The scalar that goes backward, summed over the batch; `loss` and `one_minus_p` are set on the way."""
-        if candidates is not None:
-            targets = (targets[..., None] == candidates).int().argmax(-1)
-            logits = logits[..., candidates]
-        chosen = logits.gather(-1, targets[..., None])[..., 0]
-        others = logits.scatter(-1, targets[..., None], -torch.inf).logsumexp(-1)
-        margin = chosen - others
-        with torch.no_grad():
-            self.one_minus_p = torch.sigmoid(-margin)
-            value = {"ce": torch.nn.functional.softplus(-margin), "margin": margin, "logit": chosen}[
-                "ce" if loss == "ce_restricted" else loss
-            ].sum(-1)
-            self.loss = value
-            if self._single:
-                self.one_minus_p = self.one_minus_p[:, 0]
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"the logits at the target position are not finite (loss {value.tolist()}); use a wider dtype")
-        if loss == "logit":
-            return chosen.sum()
-        if loss == "margin":
-            return margin.sum()
-        if self._single:
-            return -margin.sum()  # d ce = (1 - p) · d(-margin): the factor is applied to the bins
-        return torch.nn.functional.softplus(-margin).sum()
+    # ---- sequences of unequal length -----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _borrowed(self, positions: Tensor) -> Iterator[list[bool]]:
-        """The model with our attention, frozen parameters and a leaf below the first recorded layer; everything is put back afterwards."""
-        _register()
-        model = self.model
-        configs: dict[int, tuple[Any, Any]] = {}
-        for module in model.modules():
-            config = getattr(module, "config", None)
-            for one in [config, *(getattr(config, key, None) for key in (getattr(config, "sub_configs", None) or {}))]:
-                if one is not None and hasattr(one, "_attn_implementation_internal"):
-                    configs[id(one)] = (one, one._attn_implementation_internal)
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        layers = self._decoder_layers()
-        handles = []
-        kept: list[tuple[Any, dict[str, Any]]] = []
-        gathered: list[bool] = []
+    def _spans_to_pack(self, inputs: dict[str, Any], rows: Tensor) -> list[tuple[int, int]] | None:
+        """The rows [start, end) that each sequence needs, when running them end to end saves rows and changes nothing; else None.
 
-        def leaf(hidden: Tensor) -> Tensor:
-            return hidden.detach().requires_grad_()
+        Everything but attention must treat tokens one by one (no convolution, no recurrence), and outputs with one entry a token keep the
+        caller's layout.
+        """
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        batch, kept = ids.shape
+        per_token = {"row_by_seg", "col_by_seg", "row_sum", "col_sum", "matrix", "large_matrix"}
+        if batch == 1 or self.documents is not None or per_token & set(self.outputs) or not self._token_by_token():
+            return None
+        if self.prefix is not None and self.prefix.layers[0].keys.shape[0] != 1:
+            return None
+        starts = torch.zeros(batch, dtype=torch.long, device=ids.device)
+        ends = rows.amax(1) + 1
+        if mask is not None:
+            valid = mask.bool()[:, self.prefix_length :]
+            starts = valid.int().argmax(1)
+            inside = torch.arange(kept, device=ids.device)
+            inside = (inside >= starts[:, None]) & (inside < ends[:, None])
+            if not bool(mask[:, : self.prefix_length].all()) or not bool(valid[inside].all()):
+                return None
+        if int((ends - starts).sum()) == batch * kept:
+            return None
+        return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
-        def enter(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if "hidden_states" in kwargs:
-                return args, {**kwargs, "hidden_states": leaf(kwargs["hidden_states"])}
-            return (leaf(args[0]), *args[1:]), kwargs
+    def _token_by_token(self) -> bool:
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or ()
+        convolves = any(isinstance(module, torch.nn.modules.conv._ConvNd) for module in self.model.modules())
+        takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        return takes_positions and not convolves and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
 
-        def only_targets(_: Any, args: tuple) -> tuple:
-            gathered.append(True)
-            return (args[0].gather(1, positions.to(args[0].device)[..., None].expand(-1, -1, args[0].shape[-1])), *args[1:])
+    def _pack(self, inputs: dict[str, Any], rows: Tensor, spans: list[tuple[int, int]]) -> tuple[dict[str, Any], Tensor]:
+        """input_ids and position_ids (1, total) and target rows (1, B · T); positions are those the padded batch would have had."""
+        ids = inputs["input_ids"]
+        batch, kept = ids.shape
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(self.prefix_length, self.prefix_length + kept, device=ids.device).expand(batch, -1)
+        longest = max(end - start for start, end in spans)
+        inner = self._inner_ids.new_full((batch, self.prefix_length + longest), -1)
+        inner[:, : self.prefix_length] = self._inner_ids[:, : self.prefix_length]
+        offset, moved = 0, rows.clone()
+        for b, (start, end) in enumerate(spans):
+            inner[b, self.prefix_length : self.prefix_length + end - start] = self._inner_ids[
+                b, self.prefix_length + start : self.prefix_length + end
+            ]
+            moved[b] += offset - start
+            offset += end - start
+        self._inner_ids = inner
 
-        try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            model.set_attn_implementation(_NAME)
-            if model.config.get_text_config()._attn_implementation != _NAME:
-                raise ValueError(
-                    f"{type(model).__name__} refused the attention implementation; it does not use transformers' AttentionInterface"
-                )
-            first = min(self.layers)
-            if first > 0 and layers is not None:
-                handles.append(layers[first].register_forward_pre_hook(enter, with_kwargs=True))
-            else:
-                handles.append(model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: leaf(output)))
-            head = model.get_output_embeddings()
-            if head is not None:
-                handles.append(head.register_forward_pre_hook(only_targets))
-            if self.checkpoint:
-                for layer in layers or ():
-                    kept.append(
-                        (
-                            layer,
-                            {
-                                name: layer.__dict__.get(name)
-                                for name in ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
-                            },
-                        )
-                    )
-                    layer.training = True  # this module alone: its children stay in eval mode, so no dropout wakes up
-                    layer.gradient_checkpointing = True
-                    layer._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-            yield gathered
-        finally:
-            for layer, state in kept:
-                for name, old in state.items():
-                    if old is None:
-                        layer.__dict__.pop(name, None)
-                    else:
-                        layer.__dict__[name] = old
-            for handle in handles:
-                handle.remove()
-            for config, implementation in configs.values():
-                config._attn_implementation_internal = implementation
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        def flat(x: Tensor) -> Tensor:
+            return torch.cat([x[b, start:end] for b, (start, end) in enumerate(spans)])[None]
 
-    def _decoder_layers(self) -> Any:
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
-                return module
-        return None
+        return {"input_ids": flat(ids), "position_ids": flat(positions)}, moved.reshape(1, -1)
 
     # ---- called by the attention function ----------------------------------------------------------------------------------------------
 
-    def _store(self, layer: int, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, grad: Tensor, options: dict[str, Any]) -> None:
+    def layer_went_backward(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, grad: Tensor, options: dict[str, Any], window: int | None
+    ) -> None:
+        """One layer's bins; a layer that was not asked for passes."""
+        if layer not in self.layers:
+            return
         if layer in self._flows:
             raise RuntimeError(
                 f"layer {layer} went backward twice in one pass: {type(self.model).__name__} uses one layer index for several attentions"
             )
         rows, cols = query.shape[2], key.shape[2]
-        last = self._prefix_length + rows
-        ids = self._ids.to(query.device)
+        last = self.prefix_length + rows
+        ids = self._inner_ids.to(query.device)
         try:
             self._flows[layer] = saliency_flow(
                 query,
@@ -528,7 +448,7 @@ class FlowRecorder:
             )
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from error
-        self._kinds_of_mask[layer] = {"causal": options["causal"], "window": options["window"]}
+        self._kinds_of_mask[layer] = {"causal": options["causal"], "window": window}
 
     def _count(self, batch: int, total: int, attention_mask: Tensor | None) -> None:
         """Counts over the whole sequence, tokens behind the target included, for each kind of mask once."""
@@ -537,7 +457,7 @@ class FlowRecorder:
             kind = self._kinds_of_mask[layer]
             key = kind["causal"], kind["window"]
             if key not in known:
-                visible = visible_ranges(batch, total, total, device=self._device, cu_seqlens_q=self._documents, **kind)
+                visible = visible_ranges(batch, total, total, device=self._device, cu_seqlens_q=self.documents, **kind)
                 known[key] = pair_counts(
                     visible,
                     self._ids,
@@ -555,39 +475,10 @@ class FlowRecorder:
         if not self.metadata:
             raise RuntimeError("nothing was recorded: call run first")
 
-    def _segment_names(self) -> list[str]:
-        if isinstance(self.segments, Tensor):
-            return [str(i) for i in range(int(self.segments.max()) + 1)]
-        given = [self.segments] if isinstance(self.segments, Mapping) else list(self.segments)
-        if not given or not all(isinstance(one, Mapping) for one in given):
-            raise TypeError("segments must be a mapping name -> spans, a list of such mappings (one a sequence) or an id tensor")
-        return list(dict.fromkeys(name for one in given for name in one))
-
     def _segment(self, name: str) -> int:
         if name not in self.names:
             raise ValueError(f"segment must be one of {self.names}, got {name!r}")
         return self.names.index(name)
-
-    def _segment_ids(self, batch: int, total: int, device: torch.device) -> Tensor:
-        if isinstance(self.segments, Tensor):
-            ids = self.segments.to(device).long()
-            ids = ids.expand(batch, -1) if ids.dim() == 1 else ids
-            if ids.shape != (batch, total) or bool((ids < -1).any()):
-                raise ValueError(f"segments must be ids ≥ -1 of shape {(batch, total)} or ({total},), got {tuple(self.segments.shape)}")
-            return ids.contiguous()
-        given = [self.segments] * batch if isinstance(self.segments, Mapping) else list(self.segments)
-        if len(given) != batch:
-            raise ValueError(f"segments must be one mapping a sequence ({batch}), got {len(given)}")
-        ids = torch.full((batch, total), -1, dtype=torch.long)
-        for b, one in enumerate(given):
-            for name, spans in one.items():
-                for start, end in _span_list(spans):
-                    if not 0 <= start <= end <= total:
-                        raise ValueError(f"segments[{name!r}]: the span ({start}, {end}) leaves the sequence of {total} tokens")
-                    if bool((ids[b, start:end] >= 0).any()):
-                        raise ValueError(f"segments[{name!r}]: the span ({start}, {end}) overlaps another; a token is in one segment")
-                    ids[b, start:end] = self._segment(name)
-        return ids.to(device)
 
     def _targets(
         self, target_positions: Any, target_ids: Any, batch: int, total: int, attention_mask: Tensor | None, device: torch.device
@@ -608,8 +499,8 @@ class FlowRecorder:
                 raise ValueError(f"{name} must be an int, (batch,) or (batch, num_targets) with batch {batch}, got {tuple(t.shape)}")
             shaped.append(t.long())
         positions, targets = torch.broadcast_tensors(*shaped)
-        if bool((positions < self._prefix_length).any()) or bool((positions >= total).any()):
-            raise ValueError(f"target_positions must be in [{self._prefix_length}, {total}), the tokens that run, got {positions.tolist()}")
+        if bool((positions < self.prefix_length).any()) or bool((positions >= total).any()):
+            raise ValueError(f"target_positions must be in [{self.prefix_length}, {total}), the tokens that run, got {positions.tolist()}")
         if attention_mask is not None and not bool(attention_mask.bool().gather(1, positions).all()):
             raise ValueError(f"target_positions {positions.tolist()} point at padding")
         return positions.contiguous(), targets.contiguous()
@@ -621,25 +512,29 @@ class FlowRecorder:
             return None
         jumps = positions[:, 1:] != positions[:, :-1] + 1
         if "attention_mask" in inputs:
-            valid = inputs["attention_mask"].bool()[:, self._prefix_length :]
+            valid = inputs["attention_mask"].bool()[:, self.prefix_length :]
             if bool((jumps & valid[:, 1:] & valid[:, :-1]).any()):
                 raise ValueError("position_ids that jump between tokens that attention_mask allows: pack documents or pad them, not both")
             return None
         if not bool(jumps.any()):
             return None
-        if self._prefix_length:
+        if self.prefix_length:
             raise ValueError("position_ids jump (packed documents) while prefix_cache is given; run documents with a prefix one by one")
         starts = [[0, *(jumps[b].nonzero().flatten() + 1).tolist()] for b in range(batch)]
         longest = max(len(one) for one in starts) + 1
         length = positions.shape[1]
         return torch.tensor([one + [length] * (longest - len(one)) for one in starts], dtype=torch.int32, device=positions.device)
 
-
-def _span_list(spans: Any) -> list[tuple[int, int]]:
-    spans = list(spans)
-    if len(spans) == 2 and all(isinstance(x, int) for x in spans):
-        return [(spans[0], spans[1])]
-    return [(int(start), int(end)) for start, end in spans]
+    def _refuse_shared_segments(self, documents: Tensor) -> None:
+        """A segment of two documents would divide by pairs across them, which no row can see."""
+        for b, borders in enumerate(documents.tolist()):
+            seen: set[int] = set()
+            for start, end in itertools.pairwise(borders):
+                here = set(self._ids[b, start:end].tolist()) - {-1}
+                if here & seen:
+                    names = [self.names[i] for i in sorted(here & seen)]
+                    raise ValueError(f"segments {names} have tokens in several documents of packed row {b}; name each document's own")
+                seen |= here
 
 
 def _indices(name: str, given: Sequence[int] | None, count: int) -> list[int]:
@@ -649,150 +544,3 @@ def _indices(name: str, given: Sequence[int] | None, count: int) -> list[int]:
     if not chosen or chosen[0] < 0 or chosen[-1] >= count:
         raise ValueError(f"{name} must be indices in [-{count}, {count}), got {list(given)}")
     return chosen
-
-
-class _Attention(torch.autograd.Function):
-    """Flash attention whose backward also bins A · dA. Bins are made in the backward only, so a checkpointed layer, whose forward runs
-    twice, counts once."""
-
-    @staticmethod
-    def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, recorder: FlowRecorder, layer: int, options: dict[str, Any]
-    ) -> Tensor:
-        output, lse = attention_with_lse(query, key, value, sinks=sinks, **options)
-        ctx.save_for_backward(query, key, value, output, lse, sinks)
-        ctx.recorder, ctx.layer, ctx.options = recorder, layer, options
-        return output
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        query, key, value, output, lse, sinks = ctx.saved_tensors
-        options = ctx.options
-        if ctx.layer in ctx.recorder.layers:
-            ctx.recorder._store(ctx.layer, query, key, value, lse, grad, options)
-        if not any(ctx.needs_input_grad[:4]):
-            return (None,) * 7
-        dq, dk, dv, dsinks = attention_lse_bwd(
-            grad,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            options["softmax_scale"],
-            options["causal"],
-            None,
-            options["window"],
-            options["softcap"],
-            sinks,
-            options["key_mask"],
-            options["cu_seqlens_q"],
-            None,
-            False,
-        )
-        return dq, dk, dv, dsinks if sinks is not None else None, None, None, None
-
-
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    recorder = _active
-    if recorder is None:
-        raise RuntimeError(f"the attention implementation {_NAME!r} works inside FlowRecorder.run only")
-    name = type(module).__name__
-    unknown = sorted(key for key, x in kwargs.items() if key not in _HARMLESS and x is not None and x is not False)
-    if unknown:
-        raise ValueError(f"{name} passes {unknown} to its attention, which saliency flow does not know how to honour")
-    if dropout:
-        raise ValueError(f"{name} asks for attention dropout {dropout}; saliency needs none: call model.eval()")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"{name} was given a {attention_mask.dim()}-D attention mask, which cannot be honoured; give the 2-D padding mask")
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise ValueError(f"{name} has no layer_idx, so its layer is unknown")
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if sliding_window is not None and not causal:
-        raise ValueError(f"{name} combines a window with bidirectional attention, which is not supported")
-    rows, cols = query.shape[2], key.shape[2]
-    if cols > recorder._prefix_length + rows:
-        raise ValueError(
-            f"{name} attends to {cols} keys for {recorder._prefix_length + rows} tokens; static caches and cross-attention are not "
-            f"supported"
-        )
-    documents = recorder._documents
-    if documents is not None and documents.shape[0] == 1:
-        documents = documents[0]
-    options = {
-        "softmax_scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-        "causal": causal,
-        "window": None if not sliding_window or sliding_window >= cols else int(sliding_window),
-        "softcap": softcap,
-        "key_mask": None if attention_mask is None else attention_mask[:, -cols:].bool(),
-        "cu_seqlens_q": documents,
-    }
-    sinks = s_aux.to(query.dtype) if s_aux is not None else None
-    output = _Attention.apply(query, key, value, sinks, recorder, layer, options)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The 2-D padding mask, or None without padding. Masks of a form that ranges and windows cannot express (chunks, image blocks) are
-    refused."""
-    recorder = _active
-    if mask_function is not None and recorder is not None and recorder._documents is None and kv_length:
-        _check_mask_form(mask_function, q_length, kv_length, int(q_offset), kv_offset)
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, -kv_length:]
-        if bool(attention_mask.all()):
-            attention_mask = None
-    return attention_mask
-
-
-def _check_mask_form(mask_function: Any, q_length: int, kv_length: int, q_offset: int, kv_offset: int) -> None:
-    """Three rows of the mask, O(n): each must read one contiguous run that fits causal order, a window, or bidirectional attention."""
-    columns = torch.arange(kv_offset, kv_offset + kv_length)
-    zero = torch.tensor(0)
-    spans = []
-    for row in sorted({0, q_length // 2, q_length - 1}):
-        position = q_offset + row
-        seen = columns[torch.as_tensor(mask_function(zero, zero, torch.tensor(position), columns)).cpu().expand(kv_length)].tolist()
-        if not seen or seen != list(range(seen[0], seen[-1] + 1)) or position not in seen:
-            raise ValueError(
-                f"the model's attention mask is neither causal, windowed nor bidirectional (row {position}); saliency flow cannot "
-                f"express it"
-            )
-        spans.append((position, seen[0], seen[-1]))
-    if all(last == position for position, _, last in spans):
-        window = max(position - first + 1 for position, first, _ in spans)
-        if any(position - first + 1 != min(window, position + 1 - kv_offset) for position, first, _ in spans):
-            raise ValueError(
-                "the model's attention mask is chunked (rows of different chunks read different lengths), which is not supported"
-            )
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, _mask)  # without it the mask would be None, silently, and padding would be read

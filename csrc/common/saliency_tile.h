@@ -22,7 +22,7 @@ static_assert(kChunkRows % kRows == 0, "a chunk of rows is a whole number of reg
 
 static inline vec load(const float* p) { return *reinterpret_cast<const uvec*>(p); }
 static inline void store(float* p, vec x) { *reinterpret_cast<uvec*>(p) = x; }
-static inline vec all(float x) { return vec{} + x; }
+static inline vec all(float x) { return x - vec{}; }  // x - 0 is x for every x, -0 and NaN too, so this is one broadcast; 0 + x would add
 static inline vec select(ivec mask, vec a) { return (vec)((ivec)a & mask); }  // bitwise: a masked NaN becomes 0
 static inline vec absolute(vec x) { return (vec)((ivec)x & (ivec{} + 0x7fffffff)); }
 
@@ -32,11 +32,31 @@ static inline double lane_sum(const float* p) {
   return total;
 }
 
-// 2^x for x <= 127: round to n + f, f in [-1/2, 1/2], polynomial of relative error 2e-9, exponent by bits. NaN stays NaN, below -125 is 0.
+// NaN stays NaN: the second operand of the instruction is what it returns then.
+static inline vec at_least(float least, vec x) {
+#if LLMCORE_LANES == 16
+  return (vec)_mm512_maskz_max_ps(0xffff, (__m512)all(least), (__m512)x);
+#elif LLMCORE_LANES == 8
+  return (vec)_mm256_max_ps((__m256)all(least), (__m256)x);
+#else
+  return x < least ? all(least) : x;
+#endif
+}
+
+static inline vec at_most(float most, vec x) {
+#if LLMCORE_LANES == 16
+  return (vec)_mm512_maskz_min_ps(0xffff, (__m512)all(most), (__m512)x);
+#elif LLMCORE_LANES == 8
+  return (vec)_mm256_min_ps((__m256)all(most), (__m256)x);
+#else
+  return x > most ? all(most) : x;
+#endif
+}
+
+// 2^x: round to n + f, f in [-1/2, 1/2], polynomial of relative error 2e-9, exponent by bits. NaN stays NaN, at most 2^127; n = -127 has the bits of 0, so that
+// -inf gives 0 exactly.
 static inline vec exp2_vec(vec x) {
-  const ivec tiny = x < -125.f;
-  x = tiny ? all(-125.f) : x;
-  x = x > 127.f ? all(127.f) : x;
+  x = at_most(127.f, at_least(-127.f, x));
   const vec t = x + 12582912.f;
   const vec f = x - (t - 12582912.f);
   vec p = all(1.53458124e-4f);
@@ -46,8 +66,7 @@ static inline vec exp2_vec(vec x) {
   p = p * f + 2.40226462e-1f;
   p = p * f + 6.93147182e-1f;
   p = p * f + 1.f;
-  const vec power = (vec)(((ivec)t + 127) << 23);
-  return tiny ? vec{} : p * power;
+  return p * (vec)(((ivec)t + 127) << 23);
 }
 
 // tanh: odd polynomial near 0 (no cancellation), 1 - 2 / (e^2|y| + 1) elsewhere.
@@ -88,11 +107,16 @@ static inline void product(const float* __restrict a, const float* __restrict b,
 // Columns [start, start + kCols) of a (count, depth) matrix as one panel [depth][kCols], zero behind the end.
 template <typename T>
 static void pack_panel(const T* source, int64_t stride, int64_t depth, int64_t start, int64_t count, float* panel) {
-  const int64_t present = std::min<int64_t>(kCols, count - start);
-  for (int64_t c = 0; c < kCols; ++c) {
-    const T* column = source + (start + c) * stride;
-    for (int64_t i = 0; i < depth; ++i) panel[i * kCols + c] = c < present ? static_cast<float>(column[i]) : 0.f;
+  constexpr int64_t kStreams = 8;  // columns read side by side, so that a run of a panel's row is written at once
+  for (int64_t c = 0; c < kCols; c += kStreams) {
+    const T* from[kStreams];
+    for (int64_t r = 0; r < kStreams; ++r) from[r] = source + std::min(start + c + r, count - 1) * stride;
+    for (int64_t i = 0; i < depth; ++i)
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kStreams; ++r) panel[i * kCols + c + r] = static_cast<float>(from[r][i]);
   }
+  for (int64_t c = std::max<int64_t>(count - start, 0); c < kCols; ++c)
+    for (int64_t i = 0; i < depth; ++i) panel[i * kCols + c] = 0.f;
 }
 
 struct Workspace {  // one thread's buffers
@@ -102,15 +126,18 @@ struct Workspace {  // one thread's buffers
   std::vector<uint8_t> wanted;
 };
 
-// Rows of one head, packed into strips of kRows; missing rows of the last strip are zero.
+// Rows of one head, packed into strips of kRows; missing rows of the last strip are zero. Stores run along memory, kRows streams are read.
 template <typename T>
 static void pack_rows(const T* source, int64_t stride, int64_t depth, const std::vector<RowInfo>& rows, float factor, float* packed) {
-  const int64_t strips = (static_cast<int64_t>(rows.size()) + kRows - 1) / kRows;
-  std::fill(packed, packed + strips * kRows * depth, 0.f);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const T* row = source + rows[i].index * stride;
-    float* target = packed + (i / kRows) * kRows * depth + i % kRows;
-    for (int64_t j = 0; j < depth; ++j) target[j * kRows] = static_cast<float>(row[j]) * factor;
+  const int64_t count = static_cast<int64_t>(rows.size());
+  for (int64_t first = 0; first < count; first += kRows, packed += kRows * depth) {
+    const T* from[kRows];
+    for (int64_t r = 0; r < kRows; ++r) from[r] = source + rows[std::min(first + r, count - 1)].index * stride;
+    for (int64_t j = 0; j < depth; ++j)
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kRows; ++r) packed[j * kRows + r] = static_cast<float>(from[r][j]) * factor;
+    for (int64_t r = count - first; r < kRows; ++r)
+      for (int64_t j = 0; j < depth; ++j) packed[j * kRows + r] = 0.f;
   }
 }
 

@@ -24,6 +24,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "common/cpu_features.h"
 
 using torch::headeronly::ScalarType;

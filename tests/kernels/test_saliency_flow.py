@@ -211,6 +211,49 @@ def test_contiguous_and_shuffled_segments_agree_across_backends():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_results_do_not_depend_on_where_tiles_begin(backend):
+    """The same document at several offsets of a longer row: every alignment of its tokens to the tiles' borders."""
+    tensors, rows, _, _ = _inputs(13, 1, 4, 2, 75, 75, 16, 16, {})
+    base = saliency_flow(*tensors, None, rows, num_row_segments=3, num_col_segments=3, backend=backend, outputs=("abs", "attn"))
+    for offset in (1, 5, 16, 96, 130):
+        moved = [torch.nn.functional.pad(t, (0, 0, offset, 9), value=1.0) for t in tensors]
+        ids = torch.nn.functional.pad(rows, (offset, 9), value=-1)
+        borders = torch.tensor([0, offset, offset + 75, offset + 84], dtype=torch.int32)
+        flow = saliency_flow(
+            *moved, None, ids, num_row_segments=3, num_col_segments=3, cu_seqlens_q=borders, backend=backend, outputs=("abs", "attn")
+        )
+        torch.testing.assert_close(flow.abs_sum, base.abs_sum, rtol=1e-6, atol=0)
+        torch.testing.assert_close(flow.attn_sum, base.attn_sum, rtol=1e-6, atol=0)
+        assert torch.equal(flow.count, base.count)
+
+
+def test_label_word_proportions_of_wang_et_al():
+    """S_wp, S_pq, S_ww of "Label words are anchors", from the matrix as its code computes them and from bins of ours."""
+    tensors, _, _, _ = _inputs(14, 1, 2, 2, 24, 24, 8, 8, {})
+    labels, final = [5, 11, 17], 22
+    _, lse = attention_with_lse(*tensors[:3])
+    ids = torch.zeros(1, 24, dtype=torch.long)
+    ids[0, labels], ids[0, final], ids[0, 23] = 1, 2, -1  # other text, label words, the position that predicts; behind it: nothing
+    flow = saliency_flow(*tensors, lse, ids, outputs=("headsum_abs", "matrix"), exclude_diagonal=True)
+    matrix = saliency_flow(*tensors, lse, ids, outputs=("signed", "matrix")).matrix  # |G| a head; heads are added before abs below
+    a = (tensors[0] @ tensors[1].transpose(2, 3) * 8**-0.5).masked_fill(torch.ones(24, 24).triu(1).bool(), -torch.inf).softmax(-1)
+    signed = a * (tensors[3] @ tensors[2].transpose(2, 3))
+    torch.testing.assert_close(matrix, signed.abs(), rtol=1e-4, atol=1e-6)
+    saliency = signed.sum(1)[0].abs().double()
+    saliency.fill_diagonal_(0)
+    s_wp = saliency[labels].sum() / sum(labels)
+    s_pq = saliency[final, labels].sum() / len(labels)
+    rest = saliency[: final + 1].sum() - saliency[labels].sum() - saliency[final, labels].sum()
+    s_ww = rest / ((final + 1) * final / 2 - sum(labels) - len(labels))
+    h = flow.headsum_abs[0].double()
+    ours_wp, ours_pq = h[1].sum() / flow.count[0, 1].sum(), h[2, 1] / flow.count[0, 2, 1]
+    assert float(ours_wp) == pytest.approx(float(s_wp), rel=1e-5)
+    assert float(ours_pq) == pytest.approx(float(s_pq), rel=1e-5)
+    others, pairs = h[0].sum() + h[2, 0] + h[2, 2], flow.count[0, 0].sum() + flow.count[0, 2, 0] + flow.count[0, 2, 2]
+    assert float(others / pairs) == pytest.approx(float(s_ww), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_results_are_deterministic_and_independent_of_the_batch(backend):
     tensors, rows, _cols, _ = _inputs(5, 3, 4, 2, 250, 250, 24, 24, {})
     _, lse = attention_with_lse(*tensors[:3])

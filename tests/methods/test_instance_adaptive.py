@@ -11,8 +11,11 @@ from llmcore.methods.instance_adaptive import (
     CANDIDATES,
     IAPConfig,
     InstanceAdaptivePrompting,
+    Threshold,
+    calibrate_lambdas,
     calibrate_threshold,
     find_answer,
+    flow_map,
     normalise,
     select_mv,
     select_ss,
@@ -79,6 +82,40 @@ def test_thresholds_are_optimal_by_brute_force():
         calibrate_threshold([1.0, 2.0], [True, True])
 
 
+def test_weights_rank_right_above_wrong_and_maps_average():
+    generator = torch.Generator().manual_seed(1)
+    flows = torch.rand(40, 3, generator=generator)
+    correct = flows[:, 1] > 0.5 + 0.1 * torch.randn(40, generator=generator)
+    weights = calibrate_lambdas(flows, correct)
+    assert sum(weights) == pytest.approx(1)
+    assert weights[1] == max(weights)
+    scores = flows.double() @ torch.tensor(weights, dtype=torch.float64)
+    best = sum(float(g > b) + 0.5 * float(g == b) for g in scores[correct] for b in scores[~correct])
+    for other in ((0.0, 1.0, 0.0), (1 / 3, 1 / 3, 1 / 3), (0.0, 0.9, 0.1)):
+        s = flows.double() @ torch.tensor(other, dtype=torch.float64)
+        assert best >= sum(float(g > b) + 0.5 * float(g == b) for g in s[correct] for b in s[~correct]) - 1e-9
+    layers, heads = flow_map(torch.arange(2 * 2 * 3 * 3.0).view(2, 2, 3, 3))
+    assert torch.equal(heads, torch.arange(18.0).view(2, 3, 3) + 9)
+    assert torch.equal(layers, heads.mean(1))
+    with pytest.raises(ValueError, match="flows must be"):
+        flow_map(torch.zeros(2, 3))
+
+
+def test_a_threshold_refuses_other_settings(smollm2):
+    metadata = InstanceAdaptivePrompting(smollm2).metadata()
+    threshold = calibrate_threshold([1.0, 2.0, 3.0], [False, False, True], metadata=metadata)
+    assert isinstance(threshold, Threshold)
+    assert threshold == 2.5
+    InstanceAdaptivePrompting(smollm2, config=IAPConfig(strategy="ss", threshold=threshold))
+    with pytest.raises(ValueError, match="calibrated with other loss"):
+        InstanceAdaptivePrompting(smollm2, config=IAPConfig(strategy="ss", threshold=threshold, loss="margin"))
+    silent = IAPConfig(candidates=CANDIDATES[:1], max_new_tokens=1, answer=lambda text: None, on_no_score="raise")
+    with pytest.raises(ValueError, match="has a score"):
+        InstanceAdaptivePrompting(smollm2, config=silent).answer(QUESTION)
+    result = InstanceAdaptivePrompting(smollm2, config=dataclasses.replace(silent, on_no_score="first")).answer(QUESTION)
+    assert (result.chosen, result.answer, result.reason) == (0, None, "no_score")
+
+
 @pytest.mark.parametrize("change", [{"candidates": ()}, {"candidates": ("a", "a")}, {"k": 0}, {"lambdas": (0.5, 0.5, 0.5)},
                                     {"strategy": "ss"},
                                     {"template": "{p} {q}"}, {"loss": "nll"}, {"answer": "essay"}, {"strategy": "best"}])  # fmt: skip
@@ -123,6 +160,42 @@ def test_scores_are_linear_in_lambdas_and_flagged_without_rationale(smollm2):
     direct = plain.score_texts([(text + " 5", {"question": question, "prompt": prompt}, (len(text) + 1, len(text) + 2)), (text, {}, None)])
     assert direct[1]["status"] == "no_answer"
     assert direct[0]["status"] in ("empty_rationale", "scored")
+
+
+def test_swapping_segments_swaps_the_weights(smollm2):
+    """With rationale and question exchanged in the segments, the weight of a flow follows its pair of names."""
+    ids = torch.tensor([smollm2.tokenizer("Tom has 3 apples. Let us count them all. One, two, three: 3")["input_ids"]])
+    n = ids.shape[1]
+    spans = {"question": (0, 5), "prompt": (5, 10), "rationale": (10, n)}
+    swapped = {"prompt": (0, 5), "question": (5, 10), "rationale": (10, n)}
+    score = {}
+    for name, segments in (("plain", spans), ("swapped", swapped)):
+        for weights in ((0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)):
+            iap = InstanceAdaptivePrompting(smollm2, config=IAPConfig(lambdas=weights))
+            flows, total = iap.score(ids, segments, n - 1, 33)
+            assert flows.shape == (1, 30, 9, 3)
+            score[name, weights] = float(total)
+    assert score["swapped", (0.0, 1.0, 0.0)] == pytest.approx(score["plain", (0.0, 0.0, 1.0)], rel=1e-6)
+    assert score["swapped", (0.0, 0.0, 1.0)] == pytest.approx(score["plain", (0.0, 1.0, 0.0)], rel=1e-6)
+    assert score["swapped", (1.0, 0.0, 0.0)] == 0.0, "no prompt reads a question that comes later"
+
+
+def test_substitution_in_chunks_equals_one_by_one(smollm2):
+    settings = {"candidates": CANDIDATES[:3], "max_new_tokens": 6, "last_number": True, "answer": lambda text: (1, 2), "strategy": "ss"}
+    every = InstanceAdaptivePrompting(smollm2, config=IAPConfig(**settings, threshold=float("inf"))).answer(QUESTION)
+    scores = [one.score for one in every.per_candidate]
+    assert len(scores) == 3
+    assert every.chosen == max(range(3), key=lambda i: scores[i])
+    threshold = sorted(scores)[1] * 1.01
+    one, chunked = (
+        InstanceAdaptivePrompting(smollm2, config=IAPConfig(**settings, threshold=threshold, batch=batch)).answer(QUESTION)
+        for batch in (1, 3)
+    )
+    assert (one.chosen, one.answer, one.reason) == (chunked.chosen, chunked.answer, chunked.reason)
+    assert len(one.per_candidate) == one.chosen + 1, "later candidates are not generated"
+    for a, b in zip(one.per_candidate, chunked.per_candidate, strict=False):
+        assert (a.text, a.answer) == (b.text, b.answer)
+        assert a.score == pytest.approx(b.score, rel=2e-4)
 
 
 def test_answering_resumes_and_explains(smollm2, tmp_path):

@@ -1,254 +1,32 @@
-"""Instance-adaptive zero-shot chain of thought: pick the trigger sentence of each question by how information flowed inside the model.
-
-Zero-shot chain of thought appends a trigger ("Let's think step by step.") to a question; the model writes a rationale and an answer. No
-trigger
-is best for every question. For a question q, trigger p and rationale r the method measures, at the step that produces the answer token,
-
-    I_qp, I_qr, I_pr = mean of |A · dL/dA| over pairs (reader in p, read in q), (r, q), (r, p)        per layer and head
-    S = mean over layers and heads of  l1·I_qp + l2·I_qr + l3·I_pr,   l1 + l2 + l3 = 1
-
-and takes the first trigger whose S passes a threshold ("ss", sequential substitution) or votes among the k best ("mv", majority vote). No
-label, no
-reward model, no training. Paper: Yuan et al., "Instance-adaptive zero-shot chain-of-thought prompting", NeurIPS 2024, arXiv 2409.20441.
-
-With the paper's cross-entropy, S carries the factor 1 - p(answer): flow and confidence mixed. loss="margin" is the same flow without it.
-
-Cost of M triggers: one batched decode, one forward of the tokens that all M texts share (their keys and values are then constants: exact,
-since a
-gradient at a row never passes through earlier rows), and one forward + activation-only backward of the M suffixes.
-"""
+"""The method on one model: compose, decode, find the answers, score from inside the model, choose."""
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from llmcore.methods.instance_adaptive.answers import find_answer, normalise
+from llmcore.methods.instance_adaptive.config import FLOWS, IAPConfig, IAPResult, Scored
+from llmcore.methods.instance_adaptive.selection import Threshold, select_mv, select_ss
 from torch import Tensor
 
-from llmcore.attention import FlowRecorder, prefix_cache
+from llmcore.attention import FlowRecorder, prefix_cache, token_segments
 
-# In order of trial: six that instruct, one that is irrelevant, two that mislead. The order matters for "ss", in accuracy and in time.
-CANDIDATES = (
-    "Let's think step by step.",
-    "First,",
-    "The answer comes after the proof.",
-    "Before we give the answer,",
-    "Let's solve this problem by splitting it into steps.",
-    "Let's think about this logically.",
-    "It's a lovely day today.",
-    "Don't think, just feel.",
-    "Because the earth is round,",
-)
-FLOWS = (("question", "prompt"), ("question", "rationale"), ("prompt", "rationale"))  # (read, reader): I_qp, I_qr, I_pr
-PLAIN_TEMPLATE = "Q: {q}\nA: {p}"
-
-_NUMBER = r"[-+]?[^\S\n]*[$€£]?[^\S\n]*\d[\d,]*(?:\.\d+)?(?:[^\S\n]*/[^\S\n]*\d+)?(?:[^\S\n]*%)?"
-_CUE = r"(?:answer\s*(?:is|:|=)|####|\\boxed\s*\{)\s*(?:is\b|:)?"
-_END = r"(?=[^\d=\n]*(?:\n|$))"  # nothing but a unit or a full stop behind it
-# answer family -> expression with one filled group, the answer; a cue is required, a delimiter must follow (never "1" of "18")
-PATTERNS = {
-    # "=" is a cue only at the end of a line whose left side computes ("3 + 4 = 7"): "x = 3, y = 4" states what is given
-    "number": re.compile(
-        rf"(?i){_CUE}[^\d\n+\-$€£]{{0,20}}({_NUMBER})(?!\d)|[\d)%]\s*[-+*/x×÷^][^=\n]*=[^\S\n]*({_NUMBER})(?!\d){_END}"
-    ),
-    "option": re.compile(r"(?i)(?:answer\s*(?:is|:)|####|\\boxed\s*\{)\s*(?:is\b|:)?\s*(?:option\s+)?\(?([A-Z])(?![A-Za-z'])"),
-    "yesno": re.compile(r"(?i)(?:answer\s*(?:is|:)|####|\\boxed\s*\{)\s*(?:is\b|:)?\W{0,3}(yes|no|true|false|valid|invalid)\b"),
-}
+# What a threshold and a score must share.
+_COMPARABLE = ("quantity", "denominator", "loss", "lambdas", "layers", "heads", "template", "answer_tokens", "dtype", "model")
 
 
-@dataclasses.dataclass(frozen=True)
-class IAPConfig:
-    """Settings; defaults are the paper's where it states them.
-
-    candidates: triggers in order. strategy: "mv" or "ss". k: votes of "mv". threshold: of "ss", no default because it depends on model,
-        data and loss.
-    lambdas: weights of I_qp, I_qr, I_pr (the paper does not publish its values). layers, heads: indices, or a fraction of the layers from
-        the first
-    ("shallow" is a third). answer: "number", "option", "yesno" or text -> (start, end) | None. template: "chat", or a format with {q}
-    before {p}.
-    answer_tokens: "first" token of the answer or "mean" over its tokens. last_number: without a cue, take the text's last number.
-    """
-
-    candidates: tuple[str, ...] = CANDIDATES
-    strategy: str = "mv"
-    k: int = 3
-    threshold: float | None = None
-    lambdas: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
-    layers: Sequence[int] | float | str | None = None
-    heads: Sequence[int] | None = None
-    loss: str = "ce"
-    answer: str | Callable[[str], tuple[int, int] | None] = "number"
-    answer_tokens: str = "first"
-    template: str = "chat"
-    max_new_tokens: int = 512
-    batch: int = 9
-    last_number: bool = False
-    share_prefix: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.candidates or not all(text.strip() for text in self.candidates):
-            raise ValueError("candidates must be at least one non-empty trigger")
-        if len(set(self.candidates)) != len(self.candidates):
-            raise ValueError(f"candidates must differ, got duplicates in {self.candidates}")
-        if self.strategy not in ("mv", "ss"):
-            raise ValueError(f"strategy must be 'mv' or 'ss', got {self.strategy!r}")
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
-        if self.strategy == "ss" and self.threshold is None:
-            raise ValueError("threshold must be given for strategy='ss'; calibrate_threshold finds one from scored training questions")
-        if len(self.lambdas) != 3 or min(self.lambdas) < 0 or abs(sum(self.lambdas) - 1) > 1e-6:
-            raise ValueError(f"lambdas must be three weights >= 0 that sum to 1, got {self.lambdas}")
-        if self.loss not in ("ce", "margin", "logit"):
-            raise ValueError(f"loss must be 'ce', 'margin' or 'logit', got {self.loss!r}")
-        if isinstance(self.answer, str) and self.answer not in PATTERNS:
-            raise ValueError(f"answer must be one of {tuple(PATTERNS)} or a function, got {self.answer!r}")
-        if self.answer_tokens not in ("first", "mean"):
-            raise ValueError(f"answer_tokens must be 'first' or 'mean', got {self.answer_tokens!r}")
-        if self.template != "chat" and not 0 <= self.template.find("{q}") < self.template.find("{p}"):
-            raise ValueError(f"template must hold {{q}} before {{p}} (a prompt before the question cannot read it), got {self.template!r}")
-        if self.batch < 1 or self.max_new_tokens < 1:
-            raise ValueError(f"batch and max_new_tokens must be at least 1, got {self.batch} and {self.max_new_tokens}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """One (question, trigger) pair. flows: means of I_qp, I_qr, I_pr over layers and heads; score: S, None without an answer."""
-
-    candidate: str
-    text: str
-    answer: str | None = None
-    score: float | None = None
-    flows: tuple[float, float, float] | None = None
-    loss: float | None = None
-    p_answer: float | None = None
-    status: str = "scored"
-
-
-@dataclasses.dataclass(frozen=True)
-class IAPResult:
-    """The chosen answer, the index of the chosen candidate, why, every candidate, and what makes the scores comparable."""
-
-    question: str
-    answer: str | None
-    chosen: int
-    reason: str
-    per_candidate: list[Scored]
-    metadata: dict[str, Any]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, stored: str | dict[str, Any]) -> IAPResult:
-        """The result that `to_json` wrote; JSON knows no tuples, so the flows become tuples again."""
-        fields = json.loads(stored) if isinstance(stored, str) else dict(stored)
-        fields["per_candidate"] = [
-            Scored(**{**one, "flows": None if one["flows"] is None else tuple(one["flows"])}) for one in fields["per_candidate"]
-        ]
-        return cls(**fields)
-
-
-def find_answer(text: str, family: str | Callable[[str], tuple[int, int] | None], *, last_number: bool = False) -> tuple[int, int] | None:
-    """(start, end) of the answer in the finished text: the last match behind a cue, or None."""
-    if callable(family):
-        return family(text)
-    matches = list(PATTERNS[family].finditer(text))
-    if not matches and last_number and family == "number":
-        matches = list(re.finditer(rf"({_NUMBER})(?!\d)", text))
-    if not matches:
-        return None
-    start, end = matches[-1].span(matches[-1].lastindex or 0)
-    while start < end and text[start] in " +$€£":
-        start += 1
-    return start, start + len(text[start:end].rstrip(" ,\n"))
-
-
-def normalise(answer: str) -> str:
-    """Equal answers become equal strings: numbers as numbers (5.0 = 5, 1,000 = 1000, 50 % = 50), letters and words in lower case."""
-    plain = answer.strip().rstrip(".").lower()
-    number = re.sub(r"[\s,$€£%]", "", plain)
-    try:
-        if "/" in number:
-            above, below = number.split("/")
-            return f"{float(above) / float(below):.12g}"
-        return f"{float(number):.12g}"
-    except (ValueError, ZeroDivisionError):
-        return plain.strip("() ")
-
-
-def select_ss(scores: Sequence[float | None], answers: Sequence[str | None], threshold: float) -> tuple[int | None, str]:
-    """Sequential substitution: the first score above the threshold; if none passes, the largest. (index, reason)"""
-    scored = [(i, score) for i, score in enumerate(scores) if score is not None and answers[i] is not None]
-    if not scored:
-        return None, "no_score"
-    for i, score in scored:
-        if score > threshold:
-            return i, f"first score above {threshold:g}"
-    return max(scored, key=lambda pair: (pair[1], -pair[0]))[0], f"none above {threshold:g}: largest score"
-
-
-def select_mv(scores: Sequence[float | None], answers: Sequence[str | None], k: int = 3) -> tuple[int | None, str]:
-    """Majority vote of the k largest scores; ties go to the answer with the larger best score, then to the earlier candidate. (index,
-    reason)"""
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    scored = [(score, -i) for i, score in enumerate(scores) if score is not None and answers[i] is not None]
-    if not scored:
-        return None, "no_score"
-    best = [-i for _, i in sorted(scored, reverse=True)[:k]]
-    votes = collections.Counter(normalise(str(answers[i])) for i in best)
-    winner = max(best, key=lambda i: (votes[normalise(str(answers[i]))], scores[i], -i))
-    return winner, f"{votes[normalise(str(answers[winner]))]} of {len(best)} votes"
-
-
-def calibrate_threshold(scores: Any, correct: Any, metric: str = "balanced", *, answers_correct: Any = None) -> float:
-    """The threshold on scores that best separates right from wrong, in O(N log N).
-
-    Args:
-        scores: (N,) scores, or (questions, candidates) for metric "downstream". correct: booleans of the same shape.
-        metric: "balanced" (mean of both classes' accuracies), "accuracy", or "downstream": the accuracy that sequential substitution would
-            reach.
-    """
-    values, right = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(correct).bool()
-    if values.shape != right.shape or values.numel() == 0:
-        raise ValueError(f"correct must have the shape of scores {tuple(values.shape)}, got {tuple(right.shape)}")
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError("scores must be finite")
-    if bool(right.all()) or not bool(right.any()):
-        raise ValueError("correct holds one class only: a threshold needs right and wrong pairs")
-    distinct = values.flatten().unique()
-    cuts = torch.cat([distinct[:1] - 1, (distinct[1:] + distinct[:-1]) / 2, distinct[-1:] + 1])
-    if metric in ("balanced", "accuracy"):
-        good, bad = values[right].sort().values, values[~right].sort().values
-        kept = len(good) - torch.searchsorted(good, cuts, right=True)
-        dropped = torch.searchsorted(bad, cuts, right=True)
-        merit = kept / len(good) + dropped / len(bad) if metric == "balanced" else kept + dropped
-    elif metric == "downstream":
-        if values.dim() != 2:
-            raise ValueError(f"scores must be (questions, candidates) for metric='downstream', got {tuple(values.shape)}")
-        # Of a question only scores above all earlier ones can be the first to pass some threshold: a step function of the threshold, added
-        # up over questions.
-        running = values.cummax(1).values
-        gain = torch.zeros(len(cuts), dtype=torch.float64)
-        for row, top, ok in zip(values, running, right, strict=True):
-            records = [0] + [i for i in range(1, len(row)) if row[i] > top[i - 1]]
-            low = 0
-            for i in records:
-                high = int(torch.searchsorted(cuts, row[i]))
-                gain[low:high] += float(ok[i])
-                low = max(low, high)
-            gain[low:] += float(ok[records[-1]])
-        merit = gain
-    else:
-        raise ValueError(f"metric must be 'balanced', 'accuracy' or 'downstream', got {metric!r}")
-    return float(cuts[int(merit.argmax())])
+def flow_map(flows: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps for plots from the flows of one or more sequences, (L, H, 3) or (N, L, H, 3): the mean over heads (L, 3) and the map of heads
+    (L, H, 3), both averaged over sequences. The last axis is I_qp, I_qr, I_pr."""
+    if flows.dim() not in (3, 4) or flows.shape[-1] != 3 or flows.numel() == 0:
+        raise ValueError(f"flows must be (layers, heads, 3) or (sequences, layers, heads, 3), got {tuple(flows.shape)}")
+    heads = flows if flows.dim() == 3 else flows.mean(0)
+    return heads.mean(1), heads
 
 
 class InstanceAdaptivePrompting:
@@ -273,6 +51,16 @@ class InstanceAdaptivePrompting:
         if isinstance(layers, float):
             layers = list(range(max(1, math.ceil(settings.num_hidden_layers * layers))))
         self.layers: list[int] | None = None if layers is None else list(layers)  # type: ignore[arg-type]
+        threshold = self.config.threshold
+        if isinstance(threshold, Threshold) and threshold.metadata:
+            mine = json.loads(json.dumps(self.metadata()))
+            there = json.loads(json.dumps(threshold.metadata))
+            differ = [key for key in _COMPARABLE if mine.get(key) != there.get(key)]
+            if differ:
+                raise ValueError(
+                    f"threshold was calibrated with other {', '.join(differ)}: {[there.get(key) for key in differ]}, now "
+                    f"{[mine.get(key) for key in differ]}; calibrate again"
+                )
 
     # ---- text and spans ------------------------------------------------------------------------------------------------------------------
 
@@ -297,8 +85,6 @@ class InstanceAdaptivePrompting:
     def _encode(
         self, text: str, spans: dict[str, tuple[int, int]]
     ) -> tuple[list[int], dict[str, list[tuple[int, int]]], list[tuple[int, int]]]:
-        from llmcore.attention import token_segments
-
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = [tuple(pair) for pair in encoded["offset_mapping"]]
         return list(encoded["input_ids"]), token_segments(offsets, spans), offsets
@@ -315,9 +101,14 @@ class InstanceAdaptivePrompting:
         attention_mask: Tensor | None = None,
         prefix: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """Flows (B, L, H, 3) and S (B,) of given sequences: no text, no generation. segments: one mapping, or one a sequence, with the
-        names
-        question, prompt, rationale. A flow without pairs (an empty rationale) counts as 0."""
+        """Flows (B, L, H, 3) and S (B,) of given sequences, or (L, H, 3) and S () of one sequence (n,): no text, no generation.
+
+        segments: one mapping, or one a sequence, with the names question, prompt, rationale. A flow without pairs (an empty rationale)
+        counts as 0."""
+        if input_ids.dim() == 1:
+            mask = None if attention_mask is None else attention_mask[None]
+            flows, scores = self.score(input_ids[None], segments, target_position, target_id, attention_mask=mask, prefix=prefix)
+            return flows[0], scores[0]
         recorder = self._record(input_ids, segments, target_position, target_id, attention_mask, prefix)
         flows = torch.stack([recorder.flow(source, reader, empty="zero") for source, reader in FLOWS], -1)
         if not bool(torch.isfinite(flows).all()):
@@ -427,6 +218,8 @@ class InstanceAdaptivePrompting:
             else:
                 choice = select_mv(scores, answers, config.k)
         index, reason = choice
+        if index is None and config.on_no_score == "raise":
+            raise ValueError(f"no candidate of {len(done)} has a score: {[one.status for one in done]}")
         return IAPResult(
             question, done[index].answer if index is not None else None, 0 if index is None else index, reason, done, self.metadata()
         )
