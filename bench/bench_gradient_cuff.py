@@ -407,7 +407,8 @@ def main(what: str) -> None:
         values = attack_rows(model, rounds=1)
         path = save_part("attack", values)
     else:
-        values = verdict_rows(model) if what == "verdicts" else early_rows(model, *map(int, sys.argv[2:3] if __name__ == "__main__" else []))
+        number = int(sys.argv[2]) if __name__ == "__main__" and len(sys.argv) > 2 else 200
+        values = verdict_rows(model) if what == "verdicts" else early_rows(model, number)
         path = save(what, values)
     print(json.dumps(values, indent=2, default=str))
     print(path)
