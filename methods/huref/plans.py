@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmcore.kernels.invariants import SumsPlan, plan_sums
-from llmcore.methods.huref.comparison import LAYERS, block_bytes, open_model
 from llmcore.methods.huref.layouts import Layout, Reader, layer_indices
+from llmcore.methods.huref.opening import LAYERS, block_bytes, open_model
 from llmcore.methods.huref.terms import check_terms, square_form_is_cheaper, used_bytes
 
 # K tokens, D hidden size, F feed-forward width, R = G·d depth of the attention chains

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from llmcore.methods import huref
-from llmcore.methods.huref import comparison
+from llmcore.methods.huref import comparison, matching, opening
 from llmcore.methods.huref.attacks import COVERED
 
 from llmcore import files
@@ -82,7 +82,7 @@ def test_four_bit_embedding_in_gguf(base, four_bit):
 
 def test_ics_is_the_mean_of_channel_correlations_and_the_cosine_of_standardised_terms(base, copies):
     other = copies("noise", strength=0.3)
-    tokens = comparison.resolve_tokens(None, comparison.open_model(base)).last(128)
+    tokens = opening.resolve_tokens(None, opening.open_model(base)).last(128)
     found = huref.compare(base, other, K=128, tokens=tokens, terms="paper")
     a, b = (huref.invariant_terms(p, tokens=tokens, K=128) for p in (base, other))
     standard = [(x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True) for x in (a, b)]
@@ -119,7 +119,7 @@ def test_vocabulary_is_aligned_by_string(base, copies):
     assert found.token_overlap["dropped_a"] == 0
     with CheckpointReader(extended) as reader, CheckpointReader(base) as original:
         assert reader.shape("model.embed_tokens.weight")[0] > original.shape("model.embed_tokens.weight")[0]
-    ids = comparison.resolve_tokens(None, comparison.open_model(base)).last(256)
+    ids = opening.resolve_tokens(None, opening.open_model(base)).last(256)
     naive = [huref.invariant_terms(p, tokens=list(ids.ids), K=256, layers=[-1]).flatten(1) for p in (base, extended)]
     for x, y in zip(*naive, strict=True):  # channel by channel: their unlike means alone would correlate
         assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1].item()) < 0.2
@@ -174,7 +174,7 @@ def test_compare_many_survives_a_bad_checkpoint(base, copies, tmp_path):
     assert abs(found.scores[0][3]) < 0.1
     assert all(math.isnan(x) for x in found.scores[2])
     pair = huref.compare(base, copies("noise", strength=0.3), K=128, terms="paper")
-    listed = comparison.resolve_tokens(None, comparison.open_model(base)).last(128)
+    listed = opening.resolve_tokens(None, opening.open_model(base)).last(128)
     both = huref.compare_many([base, copies("noise", strength=0.3)], K=128, tokens=listed, max_memory=1 << 20)
     assert abs(both.scores[0][1] - pair.ics) < 1e-5
     found.picture(tmp_path / "map.png")
@@ -245,4 +245,4 @@ def test_verdicts_and_errors(base):
 
 def test_monotone_alignment():
     grid = torch.eye(5)[[0, 1, 3, 4]]
-    assert comparison.monotone_alignment(grid) == [(0, 0), (1, 1), (2, 3), (3, 4)]
+    assert matching.monotone_alignment(grid) == [(0, 0), (1, 1), (2, 3), (3, 4)]
