@@ -1,6 +1,6 @@
 """HuRef beside the published way, the three algorithms of the invariant sums, an index of 10,000 sketches, checkpoints larger than memory.
 
-    python bench/bench_huref.py compare|planner|index|large|formats [--save]
+    python bench/bench_huref.py compare|planner|index|large|formats|rewrites [--save]
 
 compare    SmolLM2 against a disguised copy at K = 512, 2048, 4096. The published way loads all tensors of both models in float32, forms the
            K x K matrix of each of the six channels in the published order (heads expanded, correctly interleaved), standardises it and
@@ -11,6 +11,7 @@ index      one query of 10,000 stored sketches; error of the estimated correlati
 large      sparse files shaped like Llama-2-70B and Llama-3.1-405B (real headers, weights are holes: zeros of full cost) fingerprinted at
            K = 512 under --max-memory, against the bytes and the arithmetic that this requires at the machine's own rates.
 formats    `llmcore huref compare`: the embedded model against itself and against copies of it, by wall time with start-up.
+rewrites   every rewrite of the whole embedded model on disk: change of the logits, parameter cosine, scores and channels at K = 256.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def bench_compare(rounds: int) -> dict[str, Any]:
             for turn in range(rounds + 1):  # the first round warms the file cache
                 for way in WAYS:
                     found = json.loads(_python(__file__, "_way", way, str(base), str(copy), str(num_tokens)))
-                    if abs(found["score"] - 1) > 1e-5:
+                    # The float32 cosine of 100 million entries is itself off by 5e-5 at K = 4096.
+                    if abs(found["score"] - 1) > (1e-3 if way == "published" else 1e-6):
                         raise RuntimeError(f"{way}: score {found['score']} of a disguised copy; no times for a wrong result")
                     if turn:
                         runs[way].append(found)
@@ -249,8 +251,10 @@ def write_sparse(folder: Path, shape: dict[str, int]) -> int:
 def run_large(folder: Path, num_tokens: int, max_memory: int) -> dict[str, Any]:
     """Fingerprint in a process of its own (`_large`): seconds, bytes, arithmetic, peak above what imports take."""
     from llmcore.methods import huref
+    from llmcore.methods.huref.opening import give_back_blocks
 
-    torch.randn(64, 64) @ torch.randn(64, 64)
+    give_back_blocks()  # as the command line does
+    torch.randn(512, 512) @ torch.randn(512, 512)
     before = harness._status("VmHWM")
     planned = huref.plan(folder, K=num_tokens, max_memory=max_memory)
     begin = time.perf_counter()
@@ -314,8 +318,50 @@ def bench_formats(copies: dict[str, Path], rounds: int) -> dict[str, Any]:
     return {"K": 512, "rows": rows}
 
 
+def bench_rewrites() -> dict[str, Any]:
+    """No times: values only."""
+    from llmcore.methods import huref
+    from llmcore.methods.huref import attacks
+
+    from llmcore.models import load_model
+
+    original = load_model("smollm2", device="cpu", dtype=torch.float32)
+    cases: list[tuple[str, list[str], float | None]] = [(name, [name], None) for name in (*attacks.COVERED, "all")]
+    cases += [(name, [name], None) for name in ("rotation", "norm_shift")]
+    cases += [("all, rotation, norm_shift", ["all", "rotation", "norm_shift"], None)]
+    cases += [(f"noise {e}", ["noise"], e) for e in (0.02, 0.1, 0.3, 1.0)] + [("random", ["random"], None)]
+    rows = {}
+    for name, listed, strength in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "copy"
+            lossless = attacks.apply("smollm2", copy, listed, seed=0, strength=strength).lossless
+            found = huref.compare(original.path, copy, K=256, pcs=True)
+            tiled = huref.compare(original.path, copy, K=256, gqa="tile", terms="paper").ics
+            change = attacks.logit_change(original, copy)
+            rows[name] = {
+                "lossless": lossless, "logit_change": change.max_abs, "logit_std": change.std, "pcs": found.pcs, "ics": found.ics,
+                "ics_hardened": found.ics_hardened, "ics_tiled": tiled, "verdict": found.verdict,
+                "per_channel": [s.correlation for s in found.per_channel if s.terms == "paper"],
+            }  # fmt: skip
+            print(name, rows[name], flush=True)
+    return {"K": 256, "rewrites": rows}
+
+
+def _rewrites_table(rows: dict[str, Any]) -> str:
+    lines = ["| rewrite | largest logit change | PCS | ICS paper | qk vo ff of either layer | published head order | ICS hardened |",
+             "|---|---:|---:|---:|---|---:|---:|"]
+    for name, r in rows.items():
+        channels = " ".join(f"{c:.3f}" for c in r["per_channel"])
+        lines.append(f"| {name} | {r['logit_change']:.1e} | {r['pcs']:.3f} | {r['ics']:.7f} | {channels} | {r['ics_tiled']:.3f} "
+                     f"| {r['ics_hardened']:.7f} |")
+    spread = next(iter(rows.values()))["logit_std"]
+    return "\n".join(lines) + f"\n\nStandard deviation of the logits {spread:.2f}; K = 256, float32 storage."
+
+
 def markdown(content: dict[str, Any]) -> str:
     """The table of one result file."""
+    if "rewrites" in content:
+        return _rewrites_table(content["rewrites"])
     if "rows" in content:
         lines = ["| the embedded model against | ICS paper | hardened | verdict | seconds with start-up | peak MB | read / table |",
                  "|---|---:|---:|---|---:|---:|---:|"]
@@ -369,7 +415,7 @@ def main() -> None:
         print(json.dumps(run_large(Path(folder), int(num_tokens), int(max_memory))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("compare", "planner", "index", "large", "formats"))
+    parser.add_argument("part", choices=("compare", "planner", "index", "large", "formats", "rewrites"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", type=int, default=10_000, help="sketches in the index")
     parser.add_argument("--tokens", type=int, default=512, help="K of the large shapes")
@@ -385,6 +431,8 @@ def main() -> None:
         content = bench_index(given.count, 15)
     elif given.part == "large":
         content = bench_large(given.tokens, given.max_memory)
+    elif given.part == "rewrites":
+        content = bench_rewrites()
     else:
         content = bench_formats({name: Path(path) for name, _, path in (text.partition("=") for text in given.copy)}, given.rounds)
     print(markdown(content))

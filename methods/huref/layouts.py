@@ -20,6 +20,10 @@ from llmcore.checkpoints import CheckpointError
 
 # D hidden size, H query heads, G key/value heads, d head dimension, F feed-forward width
 
+BLOCK_BYTES = 2 << 20  # sequential reads of some size, and few enough rows that blocks are small beside the factors
+FEWEST_ROWS = 256  # fewer rows make a product that runs at a fraction of the machine's rate
+LARGEST_BLOCK = 64 << 20
+
 
 class Reader(Protocol):
     """What is asked of a checkpoint: CheckpointReader, or one with an adapter's changes on top."""
@@ -64,9 +68,16 @@ class Matrix:
             return reader.slice(self.name, int(wanted[0]), int(wanted[0]) + len(wanted), dtype=dtype)
         return reader.rows(self.name, wanted, dtype=dtype)
 
-    def blocks(self, reader: Reader, dtype: torch.dtype, block_bytes: int, *, multiple: int = 1) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(start, stop, rows) over the whole matrix, blocks of at most block_bytes, a multiple of `multiple` rows (transposed: whole)."""
-        step = self.out_size if self.transposed else max(multiple, block_bytes // (self.in_size * dtype.itemsize) // multiple * multiple)
+    def block_rows(self, dtype: torch.dtype, limit: int, *, multiple: int = 1) -> int:
+        """Rows of a block: BLOCK_BYTES, yet enough of them for a product at full rate, within `limit` bytes; a transposed matrix whole."""
+        if self.transposed:
+            return self.out_size
+        row = self.in_size * dtype.itemsize
+        return max(multiple, min(max(BLOCK_BYTES // row, FEWEST_ROWS), limit // row) // multiple * multiple)
+
+    def blocks(self, reader: Reader, dtype: torch.dtype, limit: int, *, multiple: int = 1) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(start, stop, rows) over the whole matrix in blocks of block_rows."""
+        step = self.block_rows(dtype, limit, multiple=multiple)
         for start in range(0, self.out_size, step):
             stop = min(start + step, self.out_size)
             yield start, stop, finite(self.read(reader, start, stop, dtype), reader, self.name)

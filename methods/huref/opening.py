@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 from llmcore.kernels.invariants import invariant_matrix
-from llmcore.methods.huref import terms as term_module
 from llmcore.methods.huref.adapters import AdaptedReader, open_checkpoint
-from llmcore.methods.huref.layouts import Layout, Reader, find_layout, layer_indices
+from llmcore.methods.huref.layouts import LARGEST_BLOCK, Layout, Reader, find_layout, layer_indices
 from llmcore.methods.huref.terms import CHANNELS, check_terms, embedding_rows, layer_factors
 from llmcore.methods.huref.tokens import TokenList, Vocabulary, read_vocabulary
 
@@ -59,9 +58,19 @@ def open_model(path: str | Path, *, base: str | Path | None = None, layout: str 
 
 def release_free_memory() -> None:
     """Give freed heap back to the system where the C library can (glibc); elsewhere nothing happens."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
+
+
+def give_back_blocks(least_bytes: int = 1 << 18) -> None:
+    """Have glibc return every freed block of least_bytes or more at once, for the whole process; elsewhere nothing happens.
+
+    Left alone it raises this threshold to the largest block freed so far and keeps what is freed later, which a budget of memory cannot
+    know. The command line calls this; a program that wants the same sets MALLOC_MMAP_THRESHOLD_=262144.
+    """
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    if sys.platform == "linux" and (setting := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        setting(mmap_threshold, least_bytes)
 
 
 def resolve_tokens(tokens: Tokens, model: Opened) -> TokenList:
@@ -122,9 +131,9 @@ def invariant_terms(
 
 
 def block_bytes(max_memory: int | None) -> int:
-    """Size of the blocks of rows that are read: an eighth of the budget, at most the default."""
+    """Largest block of rows that is read: a sixteenth of the budget (three are alive at once), at most the default."""
     if max_memory is None:
-        return term_module.BLOCK_BYTES
+        return LARGEST_BLOCK
     if max_memory < 1 << 20:
         raise ValueError(f"max_memory must be at least 1 MiB (1048576 bytes), got {max_memory}")
-    return max(1 << 16, min(term_module.BLOCK_BYTES, max_memory // 8))
+    return max(1 << 16, min(LARGEST_BLOCK, max_memory // 16))

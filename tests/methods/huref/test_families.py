@@ -14,7 +14,8 @@ from llmcore.methods.huref.layouts import find_layout
 from safetensors.torch import load_file, save_file
 
 COMMON = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SMALL = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6, "max_position_embeddings": 32, **COMMON}
+SMALL = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6, "max_position_embeddings": 32,
+         **COMMON}
 WIDE = {**SMALL, "head_dim": 8, "num_key_value_heads": 2}  # head_dim is not hidden_size / heads
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 EXPERTS = {"moe_intermediate_size": 12, "num_experts_per_tok": 2}
@@ -30,8 +31,8 @@ KINDS = {
     "qwen3_moe": ("qwen3_moe", {**WIDE, **EXPERTS, "num_experts": 4, "decoder_sparse_step": 1}),
     "olmoe": ("olmoe", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": ("gpt2", {"n_embd": 24, "n_layer": 2, "n_head": 6, "n_positions": 32, **COMMON}),
-    "gpt_neo": ("gpt_neo", {"hidden_size": 24, "num_layers": 2, "num_heads": 6, "attention_types": [[["global"], 2]], "intermediate_size": 20,
-                            "max_position_embeddings": 32, **COMMON}),
+    "gpt_neo": ("gpt_neo", {"hidden_size": 24, "num_layers": 2, "num_heads": 6, "attention_types": [[["global"], 2]],
+                            "intermediate_size": 20, "max_position_embeddings": 32, **COMMON}),
     "gptj": ("gptj", {"n_embd": 24, "n_layer": 2, "n_head": 6, "n_positions": 32, "rotary_dim": 2, **COMMON}),
     "gpt_neox": ("gpt_neox", SMALL),
     "bloom": ("bloom", {"hidden_size": 24, "n_layer": 2, "n_head": 6, **COMMON}),
