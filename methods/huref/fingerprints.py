@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from llmcore.kernels.invariants import invariant_sums, tensor_sketch
 from llmcore.methods.huref.comparison import RELATED, SAME_BASE, ChannelScore, Comparison, mean_known, verdict_of
-from llmcore.methods.huref.opening import LAYERS, Tokens, block_bytes, open_model, resolve_tokens
+from llmcore.methods.huref.opening import LAYERS, Tokens, block_bytes, open_model, release_free_memory, resolve_tokens
 from llmcore.methods.huref.terms import CHANNELS, check_terms, embedding_rows, layer_factors, row_sums
 from llmcore.methods.huref.tokens import TokenList
 
@@ -157,6 +157,8 @@ def fingerprint(
                     f"max_memory = {max_memory} bytes is too little: factors and blocks take {needed.peak_bytes} bytes at "
                     f"K = {len(listed)}; K = {needed.largest_tokens} fits"
                 )
+        model.forget_vocabulary()
+        release_free_memory()
         embeddings = embedding_rows(model.reader, model.layout, listed.ids)
         rows: list[torch.Tensor] = []
         sketches: list[torch.Tensor] = []

@@ -227,6 +227,23 @@ def test_memory_stays_within_max_memory(tmp_path):
         huref.fingerprint(tmp_path, K=256, tokens=list(range(256)), max_memory=32 << 20)
 
 
+def test_pooled_fingerprint_of_many_tokens_has_nothing_of_size_k_squared(tmp_path):
+    """K = 32,768: one matrix would be 4.3 GB; the whole fingerprint with its pooled vectors stays below 250 MB over the imports."""
+    hidden, width, p = 32, 48, "model.layers.0."
+    shapes = {"model.embed_tokens.weight": (40000, hidden), **{f"{p}self_attn.{s}_proj.weight": (hidden, hidden) for s in "qkvo"},
+              f"{p}mlp.gate_proj.weight": (width, hidden), f"{p}mlp.up_proj.weight": (width, hidden),
+              f"{p}mlp.down_proj.weight": (hidden, width)}
+    _write_sparse(tmp_path, shapes, tuple(shapes))
+    files.write_json(tmp_path / "config.json", {"model_type": "llama", "hidden_size": hidden, "num_attention_heads": 4,
+                                                "num_hidden_layers": 1, "vocab_size": 40000})
+    code = ("import torch; torch.set_num_threads(1); from llmcore.methods import huref; torch.randn(512, 512) @ torch.randn(512, 512)\n"
+            "peak = lambda: int(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1]) * 1024\n"
+            f"before = peak(); f = huref.fingerprint({str(tmp_path)!r}, K=32768, tokens=list(range(32768)))\n"
+            "assert f.pooled().shape == f.pooled(terms='hardened', pool='published').shape == (512,); print(peak() - before)")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(run.stdout) < 250e6
+
+
 def test_sparse_checkpoint_of_fifty_gigabytes(tmp_path):
     """Only headers and what is used are read: thousands of narrow layers and a huge head that is never touched."""
     hidden, width, vocab, layers = 64, 96, 4096, 3000

@@ -13,7 +13,7 @@ from llmcore.methods import huref
 
 from llmcore import files
 
-D, H, G, DIM, F, V, K = 20, 6, 2, 5, 33, 220, 70
+D, H, G, DIM, F, V, K = 20, 6, 2, 5, 33, 300, 70
 IDS = [(37 * i) % 211 for i in range(K)]
 
 
@@ -37,12 +37,12 @@ def _write(folder, seed, noise=0.0):
     return state
 
 
-def _terms(state, layer, *, tile=False, hardened=False):
+def _terms(state, layer, *, tile=False, hardened=False, ids=IDS):
     """M_qk, M_vo, M_ff (or M_up*) of section 4 and 8, one head at a time."""
-    p, x = f"model.layers.{layer}.", state["model.embed_tokens.weight"][IDS]
+    p, x = f"model.layers.{layer}.", state["model.embed_tokens.weight"][ids]
     w = {n: state[f"{p}self_attn.{n}_proj.weight"] for n in "qkvo"} | {n: state[f"{p}mlp.{n}_proj.weight"] for n in ("gate", "up", "down")}
     g1, g2 = (state[p + n + ".weight"] if hardened else np.ones(D) for n in ("input_layernorm", "post_attention_layernorm"))
-    qk, vo = np.zeros((K, K)), np.zeros((K, K))
+    qk, vo = np.zeros((len(x), len(x))), np.zeros((len(x), len(x)))
     for h in range(H):
         g = h % G if tile else h // (H // G)
         head, group = slice(h * DIM, (h + 1) * DIM), slice(g * DIM, (g + 1) * DIM)
@@ -99,6 +99,20 @@ def test_comparison_is_the_mean_of_channel_correlations(pair):
     cosines = [float((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)) for n in (1, 2)
                for x, y in zip(_terms(state_a, n), _terms(state_b, n), strict=True)]
     assert abs(raw.ics - np.mean(cosines)) < 1e-6
+
+
+def test_pooled_vector_is_the_mean_of_512_runs(pair):
+    """C · K² entries in flat order, cut into 512 runs that cross channel borders, averaged and standardised."""
+    path, state = pair[0]
+    ids = list(range(20, 276))
+    found = huref.fingerprint(path, tokens=ids, K=256)
+    for hardened, terms in ((False, "paper"), (True, "hardened")):
+        m = np.stack([t for n in (1, 2) for t in _terms(state, n, hardened=hardened, ids=ids)])
+        for pool in ("published", "standardised"):
+            values = m if pool == "published" else (m - m.mean((1, 2), keepdims=True)) / m.std((1, 2), keepdims=True, ddof=1)
+            runs = values.reshape(512, -1).mean(1)
+            expected = (runs - runs.mean()) / runs.std(ddof=1)
+            assert np.abs(found.pooled(terms=terms, pool=pool).numpy() - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
