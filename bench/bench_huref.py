@@ -2,10 +2,11 @@
 
     python bench/bench_huref.py compare|planner|index|large|formats|rewrites [--save]
 
-compare    SmolLM2 against a disguised copy at K = 512, 2048, 4096. The published way loads all tensors of both models in float32, forms the
-           K x K matrix of each of the six channels in the published order (heads expanded, correctly interleaved), standardises it and
-           takes the cosine. Each run is a process of its own with warm file caches, the ways in turn; seconds leave imports out, peak
-           is the whole process (VmHWM). Ours computes the paper's six channels and, in a second row, the hardened six with them.
+compare    SmolLM2 against a disguised copy at K = 512, 2048, 4096. The published way loads both models in float32 with transformers, forms
+           the K x K matrix of each of the six channels in the published order (heads expanded, correctly interleaved), standardises it
+           and takes the cosine. Each run is a process of its own with warm file caches, the ways in turn; seconds leave imports out,
+           and of the published way the token list, which it is given; ours reads both tokenizers and aligns them. Peak is the whole
+           process (VmHWM). Ours computes the paper's six channels and, in a second row, the hardened six with them.
 planner    invariant_sums by factor, stream and direct at channel shapes of SmolLM2 and Llama-3-8B; the planner's choice against the best.
 index      one query of 10,000 stored sketches; error of the estimated correlations at b = 1024.
 large      sparse files shaped like Llama-2-70B and Llama-3.1-405B (real headers, weights are holes: zeros of full cost) fingerprinted at
@@ -49,13 +50,12 @@ LARGE = {
 
 def published(a: Path, b: Path, ids: list[int]) -> float:
     """Both models whole in float32, K x K for every channel, standardised, one cosine."""
-    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
 
     features = []
-    for path in (a, b):
-        state = {}
-        for file in sorted(path.glob("*.safetensors")):
-            state |= {name: value.float() for name, value in load_file(file).items()}
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (a, b)]
+    for path, model in zip((a, b), models, strict=True):
+        state = model.state_dict()
         config = json.loads((path / "config.json").read_text())
         repeat, dim = config["num_attention_heads"] // config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
         x = state["model.embed_tokens.weight"][ids]
@@ -70,7 +70,6 @@ def published(a: Path, b: Path, ids: list[int]) -> float:
         for m in stacked:
             m.copy_((m - m.mean()) / m.std())
         features.append(stacked.flatten())
-        del state
     return float(torch.nn.functional.cosine_similarity(features[0], features[1], dim=0))
 
 
@@ -85,7 +84,11 @@ def run_way(way: str, a: Path, b: Path, num_tokens: int) -> dict[str, Any]:
     """One comparison inside a process of its own (called with `_way` on the command line): seconds, peak bytes, score."""
     from llmcore.methods import huref
 
-    ids = _token_ids(a, num_tokens) if way == "published" else None
+    ids = None
+    if way == "published":
+        from transformers import AutoModelForCausalLM  # noqa: F401  its import is outside the time, as ours is
+
+        ids = _token_ids(a, num_tokens)
     begin = time.perf_counter()
     if way == "published":
         assert ids is not None
@@ -117,8 +120,8 @@ def bench_compare(rounds: int) -> dict[str, Any]:
             for turn in range(rounds + 1):  # the first round warms the file cache
                 for way in WAYS:
                     found = json.loads(_python(__file__, "_way", way, str(base), str(copy), str(num_tokens)))
-                    # The float32 cosine of 100 million entries is itself off by 5e-5 at K = 4096.
-                    if abs(found["score"] - 1) > (1e-3 if way == "published" else 1e-6):
+                    # The float32 cosine of up to 100 million entries is itself off by some 1e-3.
+                    if abs(found["score"] - 1) > (1e-2 if way == "published" else 1e-6):
                         raise RuntimeError(f"{way}: score {found['score']} of a disguised copy; no times for a wrong result")
                     if turn:
                         runs[way].append(found)
@@ -392,12 +395,12 @@ def markdown(content: dict[str, Any]) -> str:
             lines.append(f"| {s['K']} | {s['channel']} ({depths}) | {times} | {s['measured']['choice']} | {s['measured']['over_best']:.2f} "
                          f"| {s['table']['choice']} | {s['table']['over_best']:.2f} |")
         return "\n".join(lines)
-    lines = ["| K | way | seconds | peak MB of the process | published / this |", "|---:|---|---:|---:|---|"]
+    lines = ["| K | way | score of the copy | seconds | peak MB of the process | published / this |", "|---:|---|---:|---:|---:|---|"]
     for s in content["shapes"]:
         slow = s["rows"]["published"]
         for way, row in s["rows"].items():
             ratio = f"{slow['seconds'] / row['seconds']:.1f}x time, {slow['peak_bytes'] / row['peak_bytes']:.1f}x memory"
-            lines.append(f"| {s['K']} | {way} | {row['seconds']:.2f} | {row['peak_bytes'] / 1e6:.0f} | {ratio} |")
+            lines.append(f"| {s['K']} | {way} | {row['score']:.6f} | {row['seconds']:.2f} | {row['peak_bytes'] / 1e6:.0f} | {ratio} |")
     return "\n".join(lines)
 
 
