@@ -71,13 +71,13 @@ def test_storage_formats(base, copies):
 
 def test_four_bit_gguf(base, four_bit):
     """Q4_0 matrices under the Q8_0 embedding that quantisers keep for a tied model score above 0.99. With the embedding in Q4_0 too
-    the noise enters each entry twice more, X on either side, and the score is about 0.985 whichever tokens are taken."""
+    the noise enters each entry twice more, X on either side, and most in the small rows of rare tokens: 0.984, hardened 0.987."""
     found = huref.compare(base, four_bit("Q4_0", "Q8_0"), K=512)
     assert found.ics > 0.99
     assert found.token_overlap["common"] > 48000
     assert found.verdict == "same base"
     pure = huref.compare(base, four_bit("Q4_0", "Q4_0"), K=512)
-    assert 0.98 < pure.ics < found.ics
+    assert 0.98 < pure.ics < pure.ics_hardened < found.ics
     assert pure.verdict == "same base"
 
 
