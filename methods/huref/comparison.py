@@ -1,9 +1,9 @@
-"""Compare two checkpoints, or many, by their invariant terms, without loading a model.
+"""Compare two checkpoints by their invariant terms, without loading a model.
 
 ICS = mean over the channels of the Pearson correlation of A_c and B_c over all K² entries (equal to the cosine of the standardised,
-flattened
-terms that the paper uses). A score near 1 says: same base model. A low score is no acquittal: models trained further on trillions of tokens
-can fall to 0.01 … 0.3. Channels without a correlation (a layer whose output weights are zero) are reported and left out of the mean.
+flattened terms that the paper uses). A score near 1 says: same base model. A low score is no acquittal: models trained further on trillions
+of tokens can fall to 0.01 … 0.3. Channels without a correlation (a layer whose output weights are zero) are reported and left out of the
+mean.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from llmcore import files
 SAME_BASE, RELATED = 0.75, 0.10
 VERDICTS = ("same base", "related", "no evidence")
 _NULL_TOKENS, _NULL_DRAWS = 256, 32
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +197,8 @@ def compare(
         notes = list(aligned.notes)
         pairs = layer_pairs(left, right, aligned, layers, chosen, gqa, ff, match_layers, notes)
         # Ids are all that is needed from here on: 50,000 strings a side are dropped before the weights come.
-        source, listed = listed.source, None
+        source = listed.source
+        del listed
         left.forget_vocabulary()
         right.forget_vocabulary()
         release_free_memory()
