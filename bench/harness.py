@@ -35,9 +35,17 @@ def device_name() -> str:
     return model.group(1).strip() if model else platform.processor() or platform.machine()
 
 
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count}-thread{'s' if count > 1 else ''}"
+
+
 def device_slug() -> str:
     level = {0: "baseline", 1: "avx2", 2: "avx512", 3: "avx512-bf16"}
     name = device_name()
+    if not torch.cuda.is_available() and name == "Intel(R) Xeon(R) Processor":  # a virtual machine that hides the model: say what it has
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+        return f"intel-xeon-{'amx' if 'amx_tile' in flags else 'avx512' if 'avx512f' in flags else 'avx2'}-{_threads()}"
     if not torch.cuda.is_available():
         from llmcore.kernels import backends
 

@@ -2,7 +2,7 @@
 
 A page marks a place with `<!-- results NAME -->` … `<!-- end -->`; what lies between is replaced, for each
 bench/results/<device>/NAME.json, by `markdown(content)` of the bench whose name NAME starts with (bench_preference.py serves
-preference_step_lora), under one line that says device, versions, commit and date. A table that no run produced is not written.
+preference_step_lora_2), under one line that says device, versions, commit and date. A table that no run produced is not written.
 
     python bench/render.py [--check]        --check changes nothing and fails when a page is not up to date
 """

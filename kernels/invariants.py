@@ -21,15 +21,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from llmcore.kernels import backends
+from llmcore.kernels.invariants_plan import ALGORITHMS, SumsPlan, plan_sums
 
 # K tokens, R depth of a product (R_A, R_B may differ), b width of a sketch, n = K² entries
 
-ALGORITHMS = ("factor", "stream", "direct")
+__all__ = ["ALGORITHMS", "InvariantSums", "SumsPlan", "invariant_correlation", "invariant_matrix", "invariant_matrix_reference",
+           "invariant_sums", "invariant_sums_reference", "measure_rates", "plan_sums", "sketch_scores", "stored_sums", "tensor_sketch",
+           "tensor_sketch_reference"]
 
 backends.declare("invariants", torch=None, cpp="llmcore::invariants_tile_sums", triton=None)
 
@@ -301,57 +305,6 @@ def _(left, right, width, seed, center, normalize, backend):
     return left.new_empty(width)
 
 
-@dataclasses.dataclass(frozen=True)
-class SumsPlan:
-    """What each algorithm would cost for one channel of one pair, and the choice. Bytes: peak memory beyond the factors."""
-
-    algorithm: str
-    seconds: dict[str, float]
-    flops: dict[str, float]
-    peak_bytes: dict[str, int]
-    reason: str
-
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
-
-
-# Estimates from one look on one machine (one core of an AMD EPYC with AVX2), not kept as a bench: GEMM flops a second with the sums taken
-# per tile, flops a second of the stored product, seconds an entry to add five sums up in a tile and out of memory. Other machines and
-# numbers of threads scale all of these alike, so the choice should move little; `rates` of plan_sums takes better ones.
-RATES = {"tile_flops": 4.5e10, "stored_flops": 4.8e10, "tile_entry": 0.9e-9, "stored_entry": 2.6e-9, "pack_element": 1.2e-9}
-
-
-def plan_sums(num_tokens: int, depth_a: int, depth_b: int, *, memory_budget: int | None = None, itemsize: int = 4,
-              rates: dict[str, float] | None = None) -> SumsPlan:
-    """Choose how to compute the five sums of one pair of products.
-
-    Args:
-        num_tokens: K. depth_a, depth_b: R of the two products. itemsize: bytes of an element of the factors.
-        memory_budget: bytes that may be taken beside the factors; algorithms above it are left out, as long as one remains.
-        rates: as RATES, of the machine at hand.
-    """
-    k, a, b = num_tokens, depth_a, depth_b
-    r = {**RATES, **(rates or {})}
-    flops = {"factor": 2.0 * k * (a + b) ** 2, "stream": 2.0 * k * k * (a + b), "direct": 2.0 * k * k * (a + b)}
-    entries = 2 * (a * a + b * b) // 2 + 2 * a * b
-    seconds = {
-        "factor": flops["factor"] / r["tile_flops"] + entries * r["tile_entry"] + 6 * k * (a + b) * r["pack_element"],
-        "stream": flops["stream"] / r["tile_flops"] + k * k * r["tile_entry"] + 2 * k * (a + b) * r["pack_element"],
-        "direct": flops["direct"] / r["stored_flops"] + k * k * r["stored_entry"],
-    }
-    packed = k * (a + b) * itemsize
-    peak = {"factor": packed, "stream": packed, "direct": 2 * k * k * itemsize}
-    allowed = [name for name in ALGORITHMS if memory_budget is None or peak[name] <= memory_budget]
-    chosen = min(allowed or [min(peak, key=peak.__getitem__)], key=seconds.__getitem__)
-    left_out = [name for name in ALGORITHMS if name not in allowed]
-    reason = ", ".join(f"{name} {flops[name] / 1e9:.3g} GFLOP {seconds[name] * 1e3:.3g} ms {peak[name] / 1e6:.3g} MB"
-                       for name in ALGORITHMS)
-    reason += f"; K = {k}, R = {a} and {b}: {chosen}"
-    if left_out:
-        reason += f" ({', '.join(left_out)} would take more than the budget of {memory_budget} bytes)"
-    return SumsPlan(chosen, seconds, flops, peak, reason)
-
-
 def _check_pair(left: torch.Tensor, right: torch.Tensor, left_name: str, right_name: str) -> None:
     for tensor, name in ((left, left_name), (right, right_name)):
         if not isinstance(tensor, torch.Tensor):
@@ -542,6 +495,38 @@ def sketch_scores(sketches: torch.Tensor, query: torch.Tensor, *, channels: int)
         return torch.ops.llmcore.invariants_sketch_scores(sketches.contiguous(), query, channels)
     parts = [(block.float().view(len(block), channels, -1) * query.view(channels, -1)).sum(2) for block in sketches.split(1024)]
     return torch.cat(parts) if parts else query.new_empty(0, channels)
+
+
+def measure_rates(*, repeats: int = 9) -> dict[str, float]:
+    """Rates of this machine at the present number of threads, for `plan_sums(rates=...)`; takes about a tenth of a second.
+
+    Five small products are timed, each the best of `repeats`: deep and shallow ones separate flops from the work for each entry.
+    """
+    def seconds(step: Callable[[], Any]) -> float:
+        step(), step()
+        best = math.inf
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            step()
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+    size, depth, shallow, long = 768, 512, 16, 4096
+    x, thin, tall = torch.randn(size, depth), torch.randn(size, shallow), torch.randn(long, 64)
+    chosen = backends.choose("invariants", "auto", x.device)
+    chosen = chosen if chosen in ("cpp", "torch") else "torch"
+    deep = seconds(lambda: _pair(x, x, x, x, False, chosen))
+    flat = seconds(lambda: _pair(thin, thin, thin, thin, False, chosen))
+    flop, thin_flop = 4.0 * size * size * depth, 4.0 * size * size * shallow
+    tile_flops = (flop - thin_flop) / max(deep - flat, 1e-9)
+    tile_entry = max(flat - thin_flop / tile_flops, 0.0) / size**2
+    packed = seconds(lambda: _pair(tall.mT, tall.mT, tall.mT, tall.mT, False, chosen))
+    pack_element = max(packed - 4.0 * long * 64 * 64 / tile_flops - 64 * 64 * tile_entry, 0.0) / (4 * long * 64)
+    stored_flops = 2.0 * size * size * depth / seconds(lambda: x @ x.mT)
+    direct = seconds(lambda: _direct(thin, thin, thin, thin, chosen))
+    stored_entry = max(direct - thin_flop / stored_flops, 0.0) / size**2
+    return {"tile_flops": tile_flops, "stored_flops": stored_flops, "tile_entry": tile_entry, "stored_entry": stored_entry,
+            "pack_element": pack_element}
 
 
 def _register_fakes() -> None:

@@ -50,16 +50,15 @@ def add_lora(
         raise ValueError(f"rank must be at least 1, got {rank}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=alpha if alpha is not None else 2 * rank, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM"
-        )
+        scale: Any = 2 * rank if alpha is None else alpha  # any number: peft divides it by the rank
+        config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")
         adapted = peft.get_peft_model(model, config)
     refuse_adapted_head(adapted)
     return adapted
 
 
-def unwrap(model: Any) -> nn.Module:
-    """The model inside LanguageModel, DistributedDataParallel, accelerate and torch.compile wrappers; adapters stay."""
+def unwrap(model: Any) -> Any:
+    """The module inside LanguageModel, DistributedDataParallel, accelerate and torch.compile wrappers; adapters stay."""
     while True:
         if not isinstance(model, nn.Module) and hasattr(model, "model"):
             model = model.model
@@ -71,7 +70,7 @@ def unwrap(model: Any) -> nn.Module:
             return model
 
 
-def base_model(model: Any) -> nn.Module:
+def base_model(model: Any) -> Any:
     """The transformers model below wrappers and adapters."""
     model = unwrap(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft marks the wrapped model too with its settings

@@ -11,11 +11,8 @@ overlaps, holes, duplicate names, shards that are missing or lie outside the dir
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,27 +22,15 @@ import torch
 
 from llmcore import gguf
 from llmcore.files import CheckpointError, CountedFile, short
+from llmcore.safetensors_header import DTYPES, MAX_HEADER, Entry, flat_records, read_header, refuse_deep_nesting, unique_pairs
 
 __all__ = ["CheckpointError", "CheckpointReader", "MissingFile", "MissingTensor"]
-
-# safetensors dtype -> (torch dtype, bits); None: a format that is recognised but has no torch dtype to read it into.
-_DTYPES: dict[str, tuple[torch.dtype | None, int]] = {
-    "F64": (torch.float64, 64), "F32": (torch.float32, 32), "F16": (torch.float16, 16), "BF16": (torch.bfloat16, 16),
-    "F8_E4M3": (torch.float8_e4m3fn, 8), "F8_E5M2": (torch.float8_e5m2, 8), "F8_E8M0": (torch.float8_e8m0fnu, 8),
-    "I64": (torch.int64, 64), "I32": (torch.int32, 32), "I16": (torch.int16, 16), "I8": (torch.int8, 8), "U8": (torch.uint8, 8),
-    "U16": (torch.uint16, 16), "U32": (torch.uint32, 32), "U64": (torch.uint64, 64), "BOOL": (torch.bool, 8), "C64": (torch.complex64, 64),
-    "F4": (None, 4), "F6_E2M3": (None, 6), "F6_E3M2": (None, 6),
-}
 _GGUF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8,
                 "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 _SCALED = ("F8_E4M3", "F8_E5M2")
 # Where quantisers put the multiplier of `<module>.weight`: W = stored * scale in all of them, the name with "inv" included.
 _SCALE_NAMES = ("{0}_scale_inv", "{0}_scale", "{1}.scale_weight", "{0}.scale")
-_MAX_HEADER = 100_000_000  # the safetensors format's own limit
 _MAX_JSON = 4_000_000  # config.json, and an index that is parsed as any JSON
-_MAX_NAME = 65_535
-_MAX_ENTRY = 16_384  # one tensor record in a safetensors header
-_MAX_DIMENSIONS = 64
 _WASTE = 1 / 32  # bytes between wanted rows that may be read along, as a share of the wanted bytes
 _CHUNK_BYTES = 8 << 20
 
@@ -60,17 +45,6 @@ class MissingTensor(CheckpointError, KeyError):
     """A tensor name that the checkpoint does not hold."""
 
     __str__ = ValueError.__str__
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Entry:
-    """Where one stored tensor lies: file, dtype name as stored, shape, absolute byte range."""
-
-    file: CountedFile
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 class CheckpointReader:
@@ -99,7 +73,7 @@ class CheckpointReader:
         self.path = Path(path).expanduser()
         self._unscaled_fp8 = unscaled_fp8
         self._files: list[CountedFile] = []
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, str] = {}
         self._config: dict[str, Any] | None = None
         self.metadata: dict[str, Any] = {}
@@ -206,7 +180,7 @@ class CheckpointReader:
 
     # What is below turns rows of bytes into values.
 
-    def _rows(self, name: str, stored: str, entry: _Entry, spans: list[tuple[int, int]], positions: np.ndarray | None,
+    def _rows(self, name: str, stored: str, entry: Entry, spans: list[tuple[int, int]], positions: np.ndarray | None,
               dtype: torch.dtype | None) -> torch.Tensor:
         """Read the row spans, pick `positions` among the rows read (None: all, in order), scale, turn into `dtype`."""
         if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -227,11 +201,11 @@ class CheckpointReader:
                                   f"{entry.file.path}: tensor {short(stored)}")
         return values if dtype is None else values.to(dtype)
 
-    def _native_dtype(self, entry: _Entry) -> torch.dtype | None:
+    def _native_dtype(self, entry: Entry) -> torch.dtype | None:
         """The torch dtype of the stored bytes; None for blocks and for formats that torch lacks."""
-        return _GGUF_DTYPES.get(entry.dtype) if self.format == "gguf" else _DTYPES[entry.dtype][0]
+        return _GGUF_DTYPES.get(entry.dtype) if self.format == "gguf" else DTYPES[entry.dtype][0]
 
-    def _torch_dtype(self, entry: _Entry) -> torch.dtype:
+    def _torch_dtype(self, entry: Entry) -> torch.dtype:
         return torch.float32 if entry.dtype in _SCALED else self._native_dtype(entry) or torch.float32
 
     def _interleaved(self, stored: str) -> int:
@@ -242,7 +216,7 @@ class CheckpointReader:
             raise CheckpointError(f"{self.path}: tensor {short(stored)}: {rows} rows are not {heads} heads of even size")
         return heads
 
-    def _scale(self, stored: str, entry: _Entry) -> torch.Tensor | None:
+    def _scale(self, stored: str, entry: Entry) -> torch.Tensor | None:
         """The scale tensor of an 8-bit float weight, float32; None for everything else."""
         if entry.dtype not in _SCALED or self.format == "gguf":
             return None
@@ -262,7 +236,7 @@ class CheckpointReader:
             return block[0], block[1]
         return 128, 128
 
-    def _entry(self, name: str) -> tuple[str, _Entry]:
+    def _entry(self, name: str) -> tuple[str, Entry]:
         stored = name if name in self._entries else self._aliases.get(name)
         if stored is None:
             raise MissingTensor(f"{self.path}: no tensor {short(name)} among {len(self._entries)}{_similar(name, self._entries)}")
@@ -347,7 +321,7 @@ class CheckpointReader:
     def _add_safetensors(self, path: Path, wanted: set[str] | None) -> None:
         """Add a file's tensors: all, or those that the index assigns to it."""
         file = self._file(path)
-        entries = _safetensors_header(file)
+        entries = read_header(file)
         if wanted is not None:
             if absent := sorted(wanted - entries.keys()):
                 raise MissingTensor(f"{path}: tensor {short(absent[0])}: the index says it is in this shard, its header does not have it")
@@ -363,7 +337,7 @@ class CheckpointReader:
         header = gguf.read_header(file)
         self._header = header
         self.metadata = header.metadata
-        self._entries = {t.name: _Entry(file, t.type, t.shape, t.offset, t.nbytes) for t in header.tensors.values()}
+        self._entries = {t.name: Entry(file, t.type, t.shape, t.offset, t.nbytes) for t in header.tensors.values()}
         if header.metadata.get("general.architecture") in gguf.ARCHITECTURES:
             self._aliases = {alias: name for name in self._entries if (alias := gguf.huggingface_name(name))}
 
@@ -386,14 +360,14 @@ class CheckpointReader:
     def _read_json(self, path: Path, *, flat: bool = False) -> dict[str, Any]:
         file = self._file(path)
         try:
-            if file.size > (_MAX_HEADER if flat else _MAX_JSON):
-                raise CheckpointError(f"{path}: {file.size} bytes of JSON, at most {_MAX_HEADER if flat else _MAX_JSON}")
+            if file.size > (MAX_HEADER if flat else _MAX_JSON):
+                raise CheckpointError(f"{path}: {file.size} bytes of JSON, at most {MAX_HEADER if flat else _MAX_JSON}")
             text = file.read(file.size, 0, "content").decode()
             if file.size > _MAX_JSON:  # the index of a model with very many tensors
-                value = dict(_flat_records(text, lambda field, problem: CheckpointError(f"{path}: {field}: {problem}"), limit=_MAX_HEADER))
+                value = dict(flat_records(text, lambda field, problem: CheckpointError(f"{path}: {field}: {problem}"), limit=MAX_HEADER))
             else:
-                _refuse_deep_nesting(text)
-                value = json.loads(text, object_pairs_hook=_unique_pairs)
+                refuse_deep_nesting(text)
+                value = json.loads(text, object_pairs_hook=unique_pairs)
         except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -403,133 +377,6 @@ class CheckpointReader:
         if not isinstance(value, dict):
             raise CheckpointError(f"{path}: must hold a JSON object")
         return value
-
-
-def _safetensors_header(file: CountedFile) -> dict[str, _Entry]:
-    """Parse one safetensors header: 8-byte length, JSON object of records, data that the records cover without hole or overlap."""
-
-    def fail(field: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{file.path}: {field}: {problem}")
-
-    if file.size < 8:
-        raise fail("header length", f"the file has {file.size} bytes, fewer than 8")
-    length = int.from_bytes(file.read(8, 0, "header length"), "little")
-    if length > _MAX_HEADER or length > file.size - 8:
-        raise fail("header length", f"{length} bytes, at most {min(_MAX_HEADER, file.size - 8)} are possible in a file of {file.size}")
-    try:
-        text = file.read(length, 8, "header").decode()
-    except UnicodeDecodeError:
-        raise fail("header", "not UTF-8") from None
-    data_start, data_bytes = 8 + length, file.size - 8 - length
-    entries: dict[str, _Entry] = {}
-    for name, record in _flat_records(text, fail, limit=_MAX_ENTRY):
-        if name == "__metadata__":
-            if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
-                raise fail("__metadata__", "must be an object of strings")
-            continue
-        field = f"tensor {short(name)}"
-        if name in entries:
-            raise fail(field, "occurs twice")
-        if set(record) != {"dtype", "shape", "data_offsets"}:
-            raise fail(field, f"must have dtype, shape and data_offsets, got {short(', '.join(record))}")
-        dtype, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise fail(f"{field} dtype", f"{short(dtype)} is not one of {', '.join(_DTYPES)}")
-        if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
-            raise fail(f"{field} shape", f"must be at most {_MAX_DIMENSIONS} non-negative 64-bit integers, got {short(shape)}")
-        if (not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets)
-                or not 0 <= offsets[0] <= offsets[1]):
-            raise fail(f"{field} data_offsets", f"must be two ascending offsets, got {short(offsets)}")
-        if offsets[1] > data_bytes:
-            raise fail(f"{field} data_offsets", f"end at {short(offsets[1])}, the file holds {data_bytes} bytes of data (truncated?)")
-        if math.prod(max(n, 1) for n in shape) >= 1 << 63:  # even an empty tensor must have countable rows
-            raise fail(f"{field} shape", f"{short(shape)} overflows 64 bits")
-        bits = math.prod(shape) * _DTYPES[dtype][1]
-        if bits != 8 * (offsets[1] - offsets[0]):
-            raise fail(f"{field} shape", f"{short(shape)} of {dtype} needs {short(bits / 8 if bits % 8 else bits // 8)} bytes, "
-                       f"data_offsets give {offsets[1] - offsets[0]}")
-        entries[sys.intern(name)] = _Entry(file, dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
-    end, last = data_start, "header"
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if entry.offset != end:
-            what = "overlaps" if entry.offset < end else "leaves a hole after"
-            raise fail(f"tensor {short(name)} data_offsets",
-                       f"start at {entry.offset - data_start}, which {what} {last} (end {end - data_start})")
-        end, last = entry.offset + entry.nbytes, f"tensor {short(name)}"
-    if end != file.size:
-        raise fail("data", f"{file.size - end} bytes at the end belong to no tensor")
-    return entries
-
-
-# One record is a flat object: no nested braces outside strings. Parsing record by record keeps memory proportional to the header, which a
-# general JSON parser does not (a header of "[[],[],..." would cost twenty times its size).
-# The patterns are unrolled, so that they match in linear time and one step per string, not per character.
-_SPACE = re.compile(r"[ \t\r\n]*")
-_NAME = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
-_RECORD = re.compile(r'\{[^{}"]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^{}"]*)*\}')
-
-
-def _flat_records(text: str, fail: Any, *, limit: int) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(key, object) pairs of a JSON object whose values are flat objects of at most `limit` characters (metadata, which may be longer, is
-    checked for form and then left out)."""
-
-    def skip(position: int) -> int:
-        return _SPACE.match(text, position).end()  # type: ignore[union-attr]
-
-    position = skip(0)
-    if not text.startswith("{", position):
-        raise fail("header", "must be a JSON object")
-    position = skip(position + 1)
-    if text.startswith("}", position) and skip(position + 1) == len(text):
-        return
-    while True:
-        key = _NAME.match(text, position)
-        colon = skip(key.end()) if key else -1
-        if key is None or not text.startswith(":", colon) or key.end() - position > _MAX_NAME:
-            raise fail("header", f"malformed JSON at character {position}")
-        start = skip(colon + 1)
-        record = _RECORD.match(text, start)
-        try:
-            name = json.loads(key[0])
-            if record is None or (record.end() - start > limit and name != "__metadata__"):
-                raise fail(f"tensor {short(name)}", f"record at character {start} is not a flat object of at most {limit} characters")
-            _refuse_deep_nesting(record[0])
-            value = {} if record.end() - start > limit else json.loads(record[0], object_pairs_hook=_unique_pairs)
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise fail("header", f"malformed JSON at character {position}: {short(str(error))}") from None
-        yield name, value
-        position = skip(record.end())
-        if text.startswith("}", position) and skip(position + 1) == len(text):
-            return
-        if not text.startswith(",", position):
-            raise fail("header", f"malformed JSON at character {position}")
-        position = skip(position + 1)
-
-
-def _refuse_deep_nesting(text: str, limit: int = 200) -> None:
-    """Raise ValueError for brackets nested deeper than `limit`.
-
-    The parser recurses in C; a process that raised Python's recursion limit (compilers do) would overflow the stack instead of raising.
-    """
-    depth = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
-        if token[0] in "[{":
-            depth += 1
-            if depth > limit:
-                raise ValueError(f"nested deeper than {limit} at character {token.start()}")
-        elif token[0] in "]}":
-            depth -= 1
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {short(twice)} occurs twice")
-    return value
 
 
 def _exists(path: Path) -> bool:
@@ -571,7 +418,7 @@ def _spans(unique: np.ndarray) -> list[tuple[int, int]]:
     return [(int(unique[a]), int(unique[b]) + 1) for a, b in zip(starts, stops, strict=True)]
 
 
-def _span_values(entry: _Entry, spans: list[tuple[int, int]], native: torch.dtype | None, target: torch.dtype,
+def _span_values(entry: Entry, spans: list[tuple[int, int]], native: torch.dtype | None, target: torch.dtype,
                  field: str) -> torch.Tensor:
     """The rows of the spans, one after the other, as `target`. Peak memory: the result and one chunk of 8 MB (or one row)."""
     row_shape = entry.shape[1:]
@@ -611,7 +458,7 @@ def _span_values(entry: _Entry, spans: list[tuple[int, int]], native: torch.dtyp
     return out
 
 
-def _apply_scale(values: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor, entry: _Entry, block: tuple[int, int],
+def _apply_scale(values: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor, entry: Entry, block: tuple[int, int],
                  label: str) -> torch.Tensor:
     """stored * scale for one scale per tensor, per row, or per block of rows and columns; `ids` are the row numbers of `values`."""
     if scale.numel() == 1:

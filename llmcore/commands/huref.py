@@ -32,6 +32,9 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        from llmcore.methods.huref.opening import give_back_blocks
+
+        give_back_blocks()
         try:
             function(*args, **kwargs)
         except typer.Exit:

@@ -168,7 +168,9 @@ def collate(
     for name, value in (("desirable", desirable), ("ref_logp", ref_logp)):
         if value is not None and len(value) != S:
             raise ValueError(f"{name} must have one entry for each of the {S} sequences, got {len(value)}")
-    places, labels, bounds = [], [], [0]
+    places: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    bounds = [0]
     for i, s in enumerate(sequences):
         if masks is None:
             scored = np.arange(max(s.start, 1), len(s.ids))
@@ -179,16 +181,16 @@ def collate(
         labels.append(s.ids[scored])
         bounds.append(bounds[-1] + len(scored))
     if layout == "shared" and pairs is not None and len(set(pairs.flatten().tolist())) == pairs.numel() == S:
-        order = pairs.tolist()
-        groups = [[pair] for pair in order] if isolate else [order]
+        listed = pairs.tolist()
+        groups = [[pair] for pair in listed] if isolate else [listed]
         calls = [_shared(sequences, places, group) for group in groups]
-        used = [s for pair in order for s in pair]
+        used = [s for pair in listed for s in pair]
     else:
         # A sequence without a scored token needs no trunk; one call stays, so that the loss is connected to the model.
         used = [i for i in range(S) if len(places[i])] or [0][:S]
         units = [[i] for i in used] if isolate else [used]
         calls = [(_packed if layout == "packed" else _padded)(sequences, places, unit) for unit in units if unit]
-    order = None
+    order: torch.Tensor | None = None
     if used != sorted(used):  # rows leave the trunk in the order of the calls, labels lie in the order of the sequences
         sizes = [len(places[i]) for i in used]
         starts = dict(zip(used, np.cumsum([0, *sizes]).tolist(), strict=False))

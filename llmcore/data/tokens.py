@@ -102,13 +102,13 @@ def tokenize(
         sequences = []
         empty = False
         for completion in row.completions:
-            ids, prompt = full_ids[position], prompt_ids[position]
+            ids, before = full_ids[position], prompt_ids[position]
             position += 1
-            start = common_prefix(prompt, ids)
-            if start < len(prompt):
+            start = common_prefix(before, ids)
+            if start < len(before):
                 counts["boundary_merged"] += 1
             if _is_empty(completion):
-                ids, start = prompt, len(prompt)
+                ids, start = before, len(before)
             else:
                 ids = _stopped(ids, start, stop_ids)
             empty |= _is_empty(completion)
@@ -175,7 +175,7 @@ def _is_empty(completion: Text) -> bool:
 def _render(row: Row, completion: Text, tokenizer: Any) -> tuple[str, str]:
     if isinstance(completion, str):
         return str(row.prompt), str(row.prompt) + completion
-    prompt = list(row.prompt)
+    prompt: list[Any] = list(row.prompt)
     open_turn = bool(prompt) and prompt[-1]["role"] == "assistant"
     rendered = ""
     try:

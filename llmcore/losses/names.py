@@ -10,17 +10,16 @@ from llmcore.losses import pairs, unpaired
 from llmcore.losses.base import PairLoss
 from llmcore.losses.unpaired import KTO
 
+Loss = PairLoss | KTO
 
-def _named(module: ModuleType) -> dict[str, type]:
+
+def _named(module: ModuleType) -> dict[str, type[Loss]]:
     """The losses that a module defines, in its order."""
-    return {
-        loss.table_name: loss
-        for loss in vars(module).values()
-        if isinstance(loss, type) and loss.__module__ == module.__name__ and getattr(loss, "table_name", "")
-    }
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Loss)]
+    return {loss.table_name: loss for loss in classes if loss.__module__ == module.__name__ and loss.table_name}
 
 
-_TABLE: dict[str, type] = {"cdpo": pairs.DPO, **_named(pairs), **_named(unpaired)}
+_TABLE: dict[str, type[Loss]] = {"cdpo": pairs.DPO, **_named(pairs), **_named(unpaired)}
 LOSS_NAMES = tuple(_TABLE)
 
 _IPO = ("there is no loss named 'ipo', because two conventions share that name and differ by the completion's length: 'ipo_sum' pulls the "

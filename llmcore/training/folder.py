@@ -44,7 +44,9 @@ def whole(t: torch.Tensor) -> torch.Tensor:
 
 def _assign(target: torch.Tensor, value: torch.Tensor) -> None:
     if hasattr(target, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
 
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)

@@ -137,8 +137,10 @@ def kl_to_reference(
             softcap=ref_head.softcap,
             backend=backend,
         )
+        assert out.logp is not None
+        assert plain_ref.logp is not None
         delta = out.logp.double() - plain_ref.logp.double()
-        full = out.kl_full.double() if estimator == "rb" else None
+        full = None if out.kl_full is None else out.kl_full.double()
         values.append(kl_estimate(delta, batch.cu_seqlens, estimator, full).cpu())
         plain.append(kl_estimate(delta, batch.cu_seqlens, "k1").cpu())
     per_prompt = torch.cat(values).double().view(len(prompt_ids), n_samples).mean(dim=1)

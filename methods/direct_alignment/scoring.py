@@ -74,6 +74,7 @@ def sequence_scores(
         mode=mode,
         backend=backend,
     )
+    assert out.logp is not None
     token_logp = out.logp
     weighted = token_logp
     if ld_alpha is not None:

@@ -18,10 +18,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from llmcore.methods.huref.comparison import ChannelScore, Comparison, ComparisonMatrix, compare, compare_many, heat_map, invariant_terms
+from llmcore.methods.huref.comparison import ChannelScore, Comparison, compare
 from llmcore.methods.huref.cosine import ParameterCosine, pcs
 from llmcore.methods.huref.fingerprints import Fingerprint, fingerprint, load
 from llmcore.methods.huref.index import Added, Index, Match
+from llmcore.methods.huref.matrix import ComparisonMatrix, compare_many, heat_map
+from llmcore.methods.huref.opening import invariant_terms
 from llmcore.methods.huref.plans import Plan, plan
 from llmcore.methods.huref.tokens import TokenList, Vocabulary, align, read_vocabulary
 

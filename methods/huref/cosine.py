@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmcore.methods.huref.layouts import Reader, open_checkpoint
+from llmcore.methods.huref.adapters import open_checkpoint
+from llmcore.methods.huref.layouts import Reader
 
 _BLOCK_BYTES = 16 << 20
 

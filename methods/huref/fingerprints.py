@@ -17,19 +17,8 @@ from typing import Any
 
 import torch
 from llmcore.kernels.invariants import invariant_sums, tensor_sketch
-from llmcore.methods.huref.comparison import (
-    LAYERS,
-    RELATED,
-    SAME_BASE,
-    ChannelScore,
-    Comparison,
-    Tokens,
-    _mean,
-    block_bytes,
-    open_model,
-    resolve_tokens,
-    verdict_of,
-)
+from llmcore.methods.huref.comparison import RELATED, SAME_BASE, ChannelScore, Comparison, mean_known, verdict_of
+from llmcore.methods.huref.opening import LAYERS, Tokens, block_bytes, open_model, release_free_memory, resolve_tokens
 from llmcore.methods.huref.terms import CHANNELS, check_terms, embedding_rows, layer_factors, row_sums
 from llmcore.methods.huref.tokens import TokenList
 
@@ -168,6 +157,8 @@ def fingerprint(
                     f"max_memory = {max_memory} bytes is too little: factors and blocks take {needed.peak_bytes} bytes at "
                     f"K = {len(listed)}; K = {needed.largest_tokens} fits"
                 )
+        model.forget_vocabulary()
+        release_free_memory()
         embeddings = embedding_rows(model.reader, model.layout, listed.ids)
         rows: list[torch.Tensor] = []
         sketches: list[torch.Tensor] = []
@@ -239,7 +230,7 @@ def compare_fingerprints(
         scores.append(ChannelScore(kind, name, layer, layer, value, "sketch", reason))
     if not scores:
         raise ValueError(f"fingerprints have no terms in common ({a.header['terms']} and {b.header['terms']})")
-    means = {t: _mean([s.correlation for s in scores if s.terms == t]) for t in CHANNELS}
+    means = {t: mean_known([s.correlation for s in scores if s.terms == t]) for t in CHANNELS}
     known = [m for m in means.values() if not math.isnan(m)]
     score = max(known, default=math.nan)
     # The sketches of unrelated matrices have correlations of standard deviation 1 / sqrt(width), independent between channels.

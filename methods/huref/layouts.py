@@ -8,17 +8,21 @@ configuration and confirmed by names and shapes. Grouped heads: query head h mee
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from llmcore.methods.huref.families import FAMILIES, REFUSED, Family
 
-from llmcore.checkpoints import CheckpointError, CheckpointReader
+from llmcore.checkpoints import CheckpointError
 
 # D hidden size, H query heads, G key/value heads, d head dimension, F feed-forward width
+
+BLOCK_BYTES = 2 << 20  # sequential reads of some size, and few enough rows that blocks are small beside the factors
+FEWEST_ROWS = 256  # fewer rows make a product that runs at a fraction of the machine's rate
+LARGEST_BLOCK = 64 << 20
 
 
 class Reader(Protocol):
@@ -64,9 +68,16 @@ class Matrix:
             return reader.slice(self.name, int(wanted[0]), int(wanted[0]) + len(wanted), dtype=dtype)
         return reader.rows(self.name, wanted, dtype=dtype)
 
-    def blocks(self, reader: Reader, dtype: torch.dtype, block_bytes: int, *, multiple: int = 1) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(start, stop, rows) over the whole matrix, blocks of at most block_bytes, a multiple of `multiple` rows (transposed: whole)."""
-        step = self.out_size if self.transposed else max(multiple, block_bytes // (self.in_size * dtype.itemsize) // multiple * multiple)
+    def block_rows(self, dtype: torch.dtype, limit: int, *, multiple: int = 1) -> int:
+        """Rows of a block: BLOCK_BYTES, yet enough of them for a product at full rate, within `limit` bytes; a transposed matrix whole."""
+        if self.transposed:
+            return self.out_size
+        row = self.in_size * dtype.itemsize
+        return max(multiple, min(max(BLOCK_BYTES // row, FEWEST_ROWS), limit // row) // multiple * multiple)
+
+    def blocks(self, reader: Reader, dtype: torch.dtype, limit: int, *, multiple: int = 1) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(start, stop, rows) over the whole matrix in blocks of block_rows."""
+        step = self.block_rows(dtype, limit, multiple=multiple)
         for start in range(0, self.out_size, step):
             stop = min(start + step, self.out_size)
             yield start, stop, finite(self.read(reader, start, stop, dtype), reader, self.name)
@@ -121,7 +132,7 @@ class Layout:
     has_qk_position: bool
     compat: str
     layer_prefix: str
-    _family: _Family
+    _family: Family
     _reader: Reader
 
     def layer(self, index: int) -> Layer:
@@ -129,188 +140,6 @@ class Layout:
         if not -self.num_layers <= index < self.num_layers:
             raise ValueError(f"layers must lie in [-{self.num_layers}, {self.num_layers}) for {self._reader.path}, got {index}")
         return _layer(self, self._family, index % self.num_layers)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """Names inside one layer. fused: None, "thirds" [Q | K | V], "heads" (H, 3, d), "groups" (G, r + 2, d)."""
-
-    embedding: str = "model.embed_tokens.weight"
-    layer: str = "model.layers.{}."
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    qkv: str | None = None
-    fused: str | None = None
-    gate: str | None = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    gate_up: str | None = None  # one tensor, [gate | up]
-    experts: tuple[str, str, str] | None = None  # gate, up, down with {} for the expert
-    norms: tuple[str | None, str | None, str | None, str | None] = ("input_layernorm", "post_attention_layernorm", None, None)
-    norm_offset: float = 0.0
-    transposed: bool = False
-    rotary: bool = True
-
-
-_LLAMA = _Family()
-_GPT = {"layer": "transformer.h.{}.", "embedding": "transformer.wte.weight", "gate": None, "norms": ("ln_1", "ln_2", None, None)}
-_NEOX = {
-    "gate": None,
-    "up": "mlp.dense_h_to_4h",
-    "down": "mlp.dense_4h_to_h",
-    "qkv": "attention.query_key_value",
-    "fused": "heads",
-    "output": "attention.dense",
-}
-_GEMMA2_NORMS = ("input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")
-_MOE = _Family(experts=("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"))
-
-FAMILIES: dict[str, _Family] = {
-    **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "ministral",
-            "qwen2",
-            "qwen3",
-            "internlm",
-            "yi",
-            "granite",
-            "smollm3",
-            "stablelm",
-            "seed_oss",
-            "helium",
-            "arcee",
-        ),
-        _LLAMA,
-    ),
-    "baichuan": _Family(qkv="self_attn.W_pack", fused="thirds"),
-    "gemma": _Family(norm_offset=1.0),
-    "gemma2": _Family(norms=_GEMMA2_NORMS, norm_offset=1.0),
-    "gemma3_text": _Family(norms=_GEMMA2_NORMS, norm_offset=1.0),
-    "olmo": _Family(norms=(None, None, None, None)),
-    "olmo2": _Family(norms=(None, None, "post_attention_layernorm", "post_feedforward_layernorm")),
-    "cohere": _Family(norms=("input_layernorm", "input_layernorm", None, None)),
-    "phi": _Family(
-        output="self_attn.dense", gate=None, up="mlp.fc1", down="mlp.fc2", norms=("input_layernorm", "input_layernorm", None, None)
-    ),
-    "phi3": _Family(qkv="self_attn.qkv_proj", fused="thirds", gate_up="mlp.gate_up_proj"),
-    "starcoder2": _Family(gate=None, up="mlp.c_fc", down="mlp.c_proj"),
-    "mixtral": _Family(experts=("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2")),
-    "qwen2_moe": _MOE,
-    "qwen3_moe": _MOE,
-    "olmoe": _MOE,
-    "internlm2": _Family(
-        embedding="model.tok_embeddings.weight",
-        qkv="attention.wqkv",
-        fused="groups",
-        output="attention.wo",
-        gate="feed_forward.w1",
-        up="feed_forward.w3",
-        down="feed_forward.w2",
-        norms=("attention_norm", "ffn_norm", None, None),
-    ),
-    "gpt2": _Family(
-        **_GPT,
-        qkv="attn.c_attn",
-        fused="thirds",
-        output="attn.c_proj",
-        up="mlp.c_fc",
-        down="mlp.c_proj",  # type: ignore[arg-type]
-        transposed=True,
-        rotary=False,
-    ),
-    "gpt_neo": _Family(
-        **_GPT,
-        query="attn.attention.q_proj",
-        key="attn.attention.k_proj",
-        value="attn.attention.v_proj",  # type: ignore[arg-type]
-        output="attn.attention.out_proj",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        rotary=False,
-    ),
-    "gptj": _Family(
-        **{**_GPT, "norms": ("ln_1", "ln_1", None, None)},
-        query="attn.q_proj",
-        key="attn.k_proj",  # type: ignore[arg-type]
-        value="attn.v_proj",
-        output="attn.out_proj",
-        up="mlp.fc_in",
-        down="mlp.fc_out",
-    ),
-    "qwen": _Family(
-        layer="transformer.h.{}.",
-        embedding="transformer.wte.weight",
-        qkv="attn.c_attn",
-        fused="thirds",
-        output="attn.c_proj",
-        gate="mlp.w2",
-        up="mlp.w1",
-        down="mlp.c_proj",
-        norms=("ln_1", "ln_2", None, None),
-    ),
-    "gpt_neox": _Family(**_NEOX, embedding="gpt_neox.embed_in.weight", layer="gpt_neox.layers.{}."),  # type: ignore[arg-type]
-    "bloom": _Family(
-        **{**_NEOX, "qkv": "self_attention.query_key_value", "output": "self_attention.dense"},  # type: ignore[arg-type]
-        embedding="transformer.word_embeddings.weight",
-        layer="transformer.h.{}.",
-        rotary=False,
-    ),
-    "falcon": _Family(
-        **{
-            **_NEOX,
-            "qkv": "self_attention.query_key_value",
-            "output": "self_attention.dense",  # type: ignore[arg-type]
-            "norms": ("input_layernorm", "input_layernorm", None, None),
-        },
-        embedding="transformer.word_embeddings.weight",
-        layer="transformer.h.{}.",
-    ),
-    "mpt": _Family(
-        gate=None,
-        layer="transformer.blocks.{}.",
-        embedding="transformer.wte.weight",
-        qkv="attn.Wqkv",
-        fused="thirds",
-        output="attn.out_proj",
-        up="ffn.up_proj",
-        down="ffn.down_proj",
-        norms=("norm_1", "norm_2", None, None),
-        rotary=False,
-    ),
-    "opt": _Family(
-        gate=None,
-        layer="model.decoder.layers.{}.",
-        embedding="model.decoder.embed_tokens.weight",
-        output="self_attn.out_proj",
-        up="fc1",
-        down="fc2",
-        norms=("self_attn_layer_norm", "final_layer_norm", None, None),
-        rotary=False,
-    ),
-    "chatglm": _Family(
-        embedding="transformer.embedding.word_embeddings.weight",
-        layer="transformer.encoder.layers.{}.",
-        qkv="self_attention.query_key_value",
-        fused="thirds",
-        output="self_attention.dense",
-        gate_up="mlp.dense_h_to_4h",
-        down="mlp.dense_4h_to_h",
-    ),
-}
-_REFUSED = {
-    "deepseek_v2": "multi-head latent attention",
-    "deepseek_v3": "multi-head latent attention",
-    "minicpm3": "multi-head latent attention",
-    "kimi_k2": "multi-head latent attention",
-    "mamba": "no attention",
-    "rwkv": "no attention",
-    "t5": "an encoder-decoder model",
-    "bart": "an encoder-decoder model",
-}
 
 
 def find_layout(reader: Reader, *, layout: str | None = None, compat: str | None = None) -> Layout:
@@ -334,8 +163,8 @@ def find_layout(reader: Reader, *, layout: str | None = None, compat: str | None
     model_type = layout or config.get("model_type", "")
     if model_type in ("gemma3", "gemma3n", "mistral3"):
         model_type = {"gemma3": "gemma3_text", "mistral3": "mistral"}.get(model_type, model_type)
-    if model_type in _REFUSED:
-        raise ValueError(f"{reader.path}: model_type {model_type!r} is not supported: {_REFUSED[model_type]}")
+    if model_type in REFUSED:
+        raise ValueError(f"{reader.path}: model_type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise ValueError(
             f"{reader.path}: model_type {model_type!r} is not supported; pass layout= with one of {', '.join(sorted(FAMILIES))} "
@@ -418,7 +247,7 @@ def _fused_rows(kind: str, heads: int, groups: int, dim: int) -> tuple[np.ndarra
     return rows[:, :repeat].reshape(-1), rows[:, repeat].reshape(-1), rows[:, repeat + 1].reshape(-1)
 
 
-def _layer(layout: Layout, family: _Family, index: int) -> Layer:
+def _layer(layout: Layout, family: Family, index: int) -> Layer:
     reader, prefix = layout._reader, layout.layer_prefix.format(index)
     hidden, heads, groups, dim = layout.hidden_size, layout.num_heads, layout.num_kv_heads, layout.head_dim
 
@@ -475,102 +304,6 @@ def _layer(layout: Layout, family: _Family, index: int) -> Layer:
         return f"{prefix}{name}.weight" if name is not None and f"{prefix}{name}.weight" in reader else None
 
     return Layer(query, key, value, output, experts, *(norm(name) for name in family.norms))
-
-
-class AdaptedReader:
-    """A base checkpoint with a LoRA adapter merged into whatever rows are asked for: W + s · B A, never written anywhere."""
-
-    def __init__(self, base: CheckpointReader, adapter: CheckpointReader, config: dict[str, Any]):
-        self._base, self._adapter = base, adapter
-        self.base_path = base.path
-        self.path, self.header_bytes = adapter.path, base.header_bytes + adapter.header_bytes
-        if config.get("peft_type") != "LORA" or config.get("use_dora"):
-            raise ValueError(f"{adapter.path}: only LoRA adapters (not DoRA) can be merged, got peft_type {config.get('peft_type')!r}")
-        rank = config.get("r") or 1
-        self._scale = config.get("lora_alpha", rank) / (rank**0.5 if config.get("use_rslora") else rank)
-        self._transposed = bool(config.get("fan_in_fan_out"))
-        self._low, self._replaced = {}, {}
-        for name in adapter.names():
-            stem = name.removeprefix("base_model.model.")
-            if stem.endswith(".lora_A.weight"):
-                module = stem.removesuffix(".lora_A.weight")
-                self._low[f"{module}.weight"] = (name, name.replace(".lora_A.", ".lora_B."))
-            elif ".lora_embedding_" in stem or "lora_magnitude" in stem:
-                raise ValueError(f"{adapter.path}: tensor {name!r}: adapters of embeddings are not supported; merge the adapter first")
-            elif ".lora_B." not in stem:
-                self._replaced[stem.replace(".modules_to_save", "")] = name
-        unknown = [name for name in (*self._low, *self._replaced) if name not in base]
-        if unknown:
-            raise CheckpointError(f"{adapter.path}: changes {unknown[0]!r}, which the base {base.path} does not have")
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._base.config
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return self._base.metadata
-
-    @property
-    def bytes_read(self) -> int:
-        return self._base.bytes_read + self._adapter.bytes_read
-
-    def names(self) -> list[str]:
-        return self._base.names()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._base
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._base.shape(name)
-
-    def nbytes(self, name: str) -> int:
-        return self._base.nbytes(name)
-
-    def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.rows(name, np.arange(self.shape(name)[0]), dtype=dtype)
-
-    def slice(self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.rows(name, np.arange(start, stop), dtype=dtype)
-
-    def rows(self, name: str, ids: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        if name in self._replaced:
-            return self._adapter.rows(self._replaced[name], ids, dtype=dtype)
-        index = np.asarray(ids)
-        whole = len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index)))
-        values = (
-            self._base.slice(name, int(index[0]), int(index[0]) + len(index), dtype=dtype)
-            if whole
-            else self._base.rows(name, index, dtype=dtype)
-        )
-        if name in self._low:
-            low, high = (self._adapter.read(part, dtype=values.dtype) for part in self._low[name])
-            delta = (high @ low).mT[torch.from_numpy(index)] if self._transposed else high[torch.from_numpy(index)] @ low
-            values = values + self._scale * delta
-        return values
-
-    def close(self) -> None:
-        self._base.close()
-        self._adapter.close()
-
-
-def open_checkpoint(path: str | Path, *, base: str | Path | None = None) -> Reader:
-    """A reader of a checkpoint, or of an adapter directory on top of `base` (default: the base its configuration names, if it is here)."""
-    if str(path) == "smollm2":
-        from llmcore.models import embedded_path
-
-        path = embedded_path()
-    folder = Path(path).expanduser()
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        config = json.loads((folder / "adapter_config.json").read_text())
-        named = base if base is not None else config.get("base_model_name_or_path")
-        if named is None or not Path(named).expanduser().exists():
-            raise CheckpointError(
-                f"{folder}: is an adapter, not a model: give the base too (base=...); its configuration names {named!r}, "
-                "which is not on this disk"
-            )
-        return AdaptedReader(CheckpointReader(named), CheckpointReader(folder / "adapter_model.safetensors"), config)  # type: ignore[return-value]
-    return CheckpointReader(path)  # type: ignore[return-value]
 
 
 def layer_indices(layout: Layout, layers: Sequence[int]) -> list[int]:

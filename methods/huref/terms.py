@@ -18,12 +18,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
-from llmcore.methods.huref.layouts import Layer, Layout, Matrix, Reader, finite
+from llmcore.methods.huref.layouts import LARGEST_BLOCK, Layer, Layout, Matrix, Reader, finite
 
 # K tokens, D hidden size, F feed-forward width, R depth of a factor
 
 CHANNELS = {"paper": ("qk", "vo", "ff"), "hardened": ("qk*", "vo*", "up*")}
-BLOCK_BYTES = 2 << 20  # sequential reads of some size, and few enough rows that blocks are small beside the factors
 
 
 @dataclasses.dataclass
@@ -151,7 +150,7 @@ def _expert(
     inner = {t: x.new_empty(len(x), width) for t, x in hidden.items()} if not square else {}
     whole = down.read(reader, 0, down.out_size, dtype) if square else None
     squares = {t: x.new_zeros(down.out_size, up.in_size) for t, x in hidden.items()} if square else {}
-    step = up.out_size if up.transposed else max(1, block_bytes // (up.in_size * dtype.itemsize))
+    step = up.block_rows(dtype, block_bytes)
     for start in range(0, width, step):
         stop = min(start + step, width)
         rows = finite(up.read(reader, start, stop, dtype), reader, up.name)
@@ -191,13 +190,13 @@ def layer_factors(
     terms: tuple[str, ...] = ("paper",),
     gqa: str = "interleave",
     ff: str = "gate_times_up",
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int = LARGEST_BLOCK,
 ) -> Iterator[Factors]:
     """The channels of one layer, one after the other: (qk, vo, ff) of each variant of `terms`, every tensor read once.
 
     Args:
         embeddings: X (K, D); its dtype is that of the arithmetic. gqa: "interleave" as models compute it, "tile" as the published code.
-        ff: "gate_times_up" (paper), "up" or "gate"; it does not touch the hardened term. block_bytes: size of the blocks of rows.
+        ff: "gate_times_up" (paper), "up" or "gate"; it does not touch the hardened term. block_bytes: largest block of rows.
     """
     if gqa not in ("interleave", "tile"):
         raise ValueError(f"gqa must be 'interleave' or 'tile', got {gqa!r}")

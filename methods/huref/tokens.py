@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ def token_bytes(piece: str, byte_level: bool) -> bytes:
     if piece.startswith("<0x") and (found := _BYTE_TOKEN.fullmatch(piece)):
         return bytes([int(found[1], 16)])
     if byte_level:
+        spaced = piece.replace("\u0120", " ")
+        if spaced.isascii() and piece.isprintable() and " " not in piece:  # most pieces; the table below says the same, slower
+            return spaced.encode()
         try:
             return piece.translate(_byte_alphabet()).encode("latin-1")
         except UnicodeEncodeError:
@@ -96,7 +100,7 @@ def read_vocabulary(path: str | Path, metadata: dict[str, Any] | None = None) ->
     folder = folder if folder.is_dir() else folder.parent
     if (folder / "tokenizer.json").is_file():
         try:
-            return _parsed(_Content((folder / "tokenizer.json").read_bytes()))
+            return _parsed((folder / "tokenizer.json").read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{folder / 'tokenizer.json'}: cannot be read: {error}") from None
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -119,24 +123,16 @@ def read_vocabulary(path: str | Path, metadata: dict[str, Any] | None = None) ->
     return None
 
 
-class _Content:
-    """Bytes that are equal by their digest: a copy of a model brings the same tokenizer, which is then parsed once."""
-
-    def __init__(self, data: bytes):
-        self.data: bytes | None = data
-        self.digest = hashlib.blake2b(data).digest()
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Content) and self.digest == other.digest
+# A copy of a model brings the same tokenizer, which is parsed once while somebody holds it: 20 MB that nobody holds are given back.
+_alive: weakref.WeakValueDictionary[bytes, Vocabulary] = weakref.WeakValueDictionary()
 
 
-@functools.lru_cache(maxsize=2)
-def _parsed(content: _Content) -> Vocabulary:
-    text, content.data = content.data, None  # the cache keeps the digest, not the file
-    return _from_tokenizer_json(json.loads(text or b""), "tokenizer.json")
+def _parsed(data: bytes) -> Vocabulary:
+    digest = hashlib.blake2b(data).digest()
+    found = _alive.get(digest)
+    if found is None:
+        _alive[digest] = found = _from_tokenizer_json(json.loads(data), "tokenizer.json")
+    return found
 
 
 def _from_tokenizer_json(data: dict[str, Any], source: str) -> Vocabulary:

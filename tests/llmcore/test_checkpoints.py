@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import tracemalloc
@@ -490,3 +492,10 @@ def test_damaged_files_never_do_worse_than_an_error(data):
         except CheckpointError as error:
             message = str(error)
         assert str(path) in message
+
+
+def test_a_reader_left_open_at_exit_says_nothing(tmp_path):
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    code = f"from llmcore.checkpoints import CheckpointReader; r = CheckpointReader({str(tmp_path)!r}); print(r.names())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (run.stdout, run.stderr) == ("['a']\n", "")

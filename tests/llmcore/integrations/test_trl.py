@@ -239,6 +239,45 @@ def test_training_starts_at_ln2_and_moves(precompute, tokenizer, tmp_path):
     assert trainer.state.log_history[0]["rewards/ties"] == 1.0
 
 
+def test_a_reference_that_follows_the_policy_is_live_or_refused(tokenizer, tmp_path):
+    """TR-DPO: R <- a theta + (1 - a) R. With a = 1 after every step, policy and reference agree again and each loss is ln 2."""
+    from peft import LoraConfig
+
+    from llmcore.integrations.trl import DPOTrainer
+
+    follow = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    trainer = _trainer(DPOTrainer, _small(tokenizer), _small(tokenizer), tokenizer, tmp_path, **follow)
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == pytest.approx([0.6931472] * 2, abs=1e-6)
+    with pytest.raises(ValueError, match="precompute_ref_log_probs"):
+        _trainer(DPOTrainer, _small(tokenizer), None, tokenizer, tmp_path, precompute_ref_log_probs=True, **follow)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="sync_ref_model"):
+        _trainer(DPOTrainer, _small(tokenizer), None, tokenizer, tmp_path, peft_config=lora, **follow)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_prompts_are_computed_once_where_the_attention_takes_a_block_mask(attention, tokenizer, tmp_path):
+    from llmcore.integrations.trl import DPOTrainer
+
+    model = _perturb(_small(tokenizer))
+    model.set_attn_implementation(attention)
+    trainer = _trainer(DPOTrainer, model, _small(tokenizer), tokenizer, tmp_path)
+    batch = _batch(trainer)
+    shared = trainer._shared_calls(batch)
+    assert shared.trunk_tokens < batch["attention_mask"].sum() < batch["input_ids"].numel()
+    ours = trainer._score(trainer.model, batch)
+    trainer._shared_calls = lambda inputs: None
+    padded = trainer._score(trainer.model, batch)
+    assert torch.equal(ours.counts, padded.counts)
+    assert torch.equal(ours.is_top1, padded.is_top1)
+    for name in ("logp", "entropy", "mean_logit"):
+        torch.testing.assert_close(getattr(ours, name), getattr(padded, name), rtol=1e-4, atol=1e-4)
+    model.config.sliding_window = 4
+    del trainer._shared_calls
+    assert trainer._shared_calls(batch) is None
+
+
 def test_lora_trains_with_a_frozen_head_and_no_second_model(tokenizer, tmp_path):
     from peft import LoraConfig
 

@@ -62,19 +62,21 @@ def copies(base, tail, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def four_bit(base, tmp_path_factory):
-    """embedding type -> GGUF file of the embedded model with Q4_0 matrices and llama's names and row order, written by gguf."""
+    """(matrices, embedding) -> GGUF file of the embedded model in these types, with llama's names and row order, written by gguf."""
     gguf = pytest.importorskip("gguf")
     folder, made = tmp_path_factory.mktemp("gguf"), {}
 
-    def get(embedding: str):
-        if embedding not in made:
-            made[embedding] = _write_gguf(gguf, base, folder / f"{embedding}.gguf", gguf.GGMLQuantizationType[embedding])
-        return made[embedding]
+    def get(matrices: str, embedding: str):
+        key = f"{matrices}-{embedding}"
+        if key not in made:
+            kinds = [gguf.GGMLQuantizationType[k] for k in (matrices, embedding)]
+            made[key] = _write_gguf(gguf, base, folder / f"{key}.gguf", *kinds)
+        return made[key]
 
     return get
 
 
-def _write_gguf(gguf, base, path, embedding):
+def _write_gguf(gguf, base, path, matrices, embedding):
     import numpy as np
 
     from llmcore.checkpoints import CheckpointReader
@@ -112,7 +114,7 @@ def _write_gguf(gguf, base, path, embedding):
             for side, heads in (("attn_q", config["num_attention_heads"]), ("attn_k", config["num_key_value_heads"])):
                 if f".{side}." in stored:  # llama files interleave the two halves of a head
                     value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-            kind = gguf.GGMLQuantizationType.Q4_0 if value.ndim == 2 else gguf.GGMLQuantizationType.F32
+            kind = matrices if value.ndim == 2 else gguf.GGMLQuantizationType.F32
             kind = embedding if stored == "token_embd.weight" else kind
             writer.add_tensor(stored, gguf.quantize(np.ascontiguousarray(value), kind), raw_dtype=kind)
         writer.write_header_to_file()

@@ -97,6 +97,22 @@ def test_smollm2_disguised_by_everything(smollm2, tmp_path):
     assert abs(_cosine(smollm2.path, tmp_path / "copy")) < 0.01
 
 
+# rewrite -> the paper's score of the copy (section 7 B of the specification: 0.691 and 0.842 on its seeds), within what other seeds give
+SINGLE = {**dict.fromkeys(attacks.COVERED, (1 - 1e-6, 1 + 1e-6)), "rotation": (0.6, 0.78), "norm_shift": (0.75, 0.93)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SINGLE)
+def test_each_rewrite_of_the_whole_model(smollm2, tmp_path, name):
+    from llmcore.methods import huref
+
+    attacks.apply("smollm2", tmp_path / "copy", name, seed=0)
+    assert attacks.logit_change(smollm2, tmp_path / "copy").max_abs < 4e-4
+    found = huref.compare(smollm2.path, tmp_path / "copy", K=256)
+    assert SINGLE[name][0] < found.ics < SINGLE[name][1]
+    assert abs(found.ics_hardened - 1) < 1e-6
+
+
 def test_rewrites_depend_on_the_seed_and_nothing_else(tiny, tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         attacks.apply(tiny["llama"], tmp_path / name, "all", seed=seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from llmcore.methods import huref
-from llmcore.methods.huref import comparison
+from llmcore.methods.huref import comparison, matching, opening
 from llmcore.methods.huref.attacks import COVERED
 
 from llmcore import files
@@ -68,21 +69,21 @@ def test_storage_formats(base, copies):
         assert huref.compare(base, copies("residual_permutation", dtype=dtype, num_shards=3), K=256).ics > least
 
 
-def test_four_bit_matrices_in_gguf(base, four_bit):
-    found = huref.compare(base, four_bit("Q8_0"), K=512)
+def test_four_bit_gguf(base, four_bit):
+    """Q4_0 matrices under the Q8_0 embedding that quantisers keep for a tied model score above 0.99. With the embedding in Q4_0 too
+    the noise enters each entry twice more, X on either side, and most in the small rows of rare tokens: 0.984, hardened 0.987."""
+    found = huref.compare(base, four_bit("Q4_0", "Q8_0"), K=512)
     assert found.ics > 0.99
     assert found.token_overlap["common"] > 48000
     assert found.verdict == "same base"
-
-
-@pytest.mark.xfail(strict=True, reason="ICS 0.9837, 0.9860 with random tokens; 0.9955 with an exact embedding")
-def test_four_bit_embedding_in_gguf(base, four_bit):
-    assert huref.compare(base, four_bit("Q4_0"), K=512).ics > 0.987
+    pure = huref.compare(base, four_bit("Q4_0", "Q4_0"), K=512)
+    assert 0.98 < pure.ics < pure.ics_hardened < found.ics
+    assert pure.verdict == "same base"
 
 
 def test_ics_is_the_mean_of_channel_correlations_and_the_cosine_of_standardised_terms(base, copies):
     other = copies("noise", strength=0.3)
-    tokens = comparison.resolve_tokens(None, comparison.open_model(base)).last(128)
+    tokens = opening.resolve_tokens(None, opening.open_model(base)).last(128)
     found = huref.compare(base, other, K=128, tokens=tokens, terms="paper")
     a, b = (huref.invariant_terms(p, tokens=tokens, K=128) for p in (base, other))
     standard = [(x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True) for x in (a, b)]
@@ -119,14 +120,14 @@ def test_vocabulary_is_aligned_by_string(base, copies):
     assert found.token_overlap["dropped_a"] == 0
     with CheckpointReader(extended) as reader, CheckpointReader(base) as original:
         assert reader.shape("model.embed_tokens.weight")[0] > original.shape("model.embed_tokens.weight")[0]
-    ids = comparison.resolve_tokens(None, comparison.open_model(base)).last(256)
+    ids = opening.resolve_tokens(None, opening.open_model(base)).last(256)
     naive = [huref.invariant_terms(p, tokens=list(ids.ids), K=256, layers=[-1]).flatten(1) for p in (base, extended)]
     for x, y in zip(*naive, strict=True):  # channel by channel: their unlike means alone would correlate
         assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1].item()) < 0.2
 
 
 def test_bytes_read_and_peak_memory(base, copies):
-    """At most 1.05 times the bytes of two layers and K rows on either side; 300 MB in a fresh process, torch included, 20 MB of slack."""
+    """At most 1.05 times the bytes of two layers and K rows on either side; the whole command below 300 MB, torch included."""
     found = huref.compare(base, copies("all"), K=512)
     with CheckpointReader(base) as reader:
         layer = sum(reader.nbytes(n) for n in reader.names() if n.startswith("model.layers.29.") and "norm" not in n)
@@ -134,10 +135,12 @@ def test_bytes_read_and_peak_memory(base, copies):
     assert found.needed_bytes == table
     assert found.bytes_read <= 1.05 * table
     # VmHWM, not ru_maxrss: the latter starts, after a fork, at the size of the process that runs the tests.
-    code = (f"import torch; torch.set_num_threads(1); from llmcore.methods import huref; huref.compare({str(base)!r}, "
-            f"{str(copies('all'))!r}, K=512); print(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1])")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert int(run.stdout) * 1024 < 320e6
+    code = ("import sys; from llmcore import cli\ntry:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+            "print(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1], file=sys.stderr)")
+    run = subprocess.run([sys.executable, "-c", code, "huref", "compare", str(base), str(copies("all")), "--json"], capture_output=True,
+                         text=True, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert json.loads(run.stdout)["verdict"] == "same base"
+    assert int(run.stderr.split()[-1]) * 1024 < 300e6
 
 
 def test_adapter_is_merged_as_it_is_read(base, adapter, tmp_path):
@@ -174,11 +177,71 @@ def test_compare_many_survives_a_bad_checkpoint(base, copies, tmp_path):
     assert abs(found.scores[0][3]) < 0.1
     assert all(math.isnan(x) for x in found.scores[2])
     pair = huref.compare(base, copies("noise", strength=0.3), K=128, terms="paper")
-    listed = comparison.resolve_tokens(None, comparison.open_model(base)).last(128)
+    listed = opening.resolve_tokens(None, opening.open_model(base)).last(128)
     both = huref.compare_many([base, copies("noise", strength=0.3)], K=128, tokens=listed, max_memory=1 << 20)
     assert abs(both.scores[0][1] - pair.ics) < 1e-5
     found.picture(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def _write_sparse(folder, shapes, used=()):
+    """A BF16 file of these shapes: holes, and random numbers in the tensors that are used."""
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text, path = json.dumps(header).encode(), folder / "model.safetensors"
+    with open(path, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        start = out.tell()
+        out.truncate(start + offset)
+        generator = torch.Generator().manual_seed(1)
+        for name in used:
+            out.seek(start + header[name]["data_offsets"][0])
+            out.write(torch.randn(shapes[name], generator=generator).bfloat16().view(torch.uint8).numpy().tobytes())
+    return path
+
+
+def test_memory_stays_within_max_memory(tmp_path):
+    """A layer of 105 MB in 16 bits, 210 MB in float32, fingerprinted within 64 MB: the peak of a fresh process over its imports."""
+    hidden, width = 1024, 16384
+    p = "model.layers.0."
+    shapes = {"model.embed_tokens.weight": (4096, hidden), **{f"{p}self_attn.{s}_proj.weight": (hidden, hidden) for s in "qkvo"},
+              f"{p}mlp.gate_proj.weight": (width, hidden), f"{p}mlp.up_proj.weight": (width, hidden),
+              f"{p}mlp.down_proj.weight": (hidden, width)}
+    _write_sparse(tmp_path, shapes)
+    files.write_json(tmp_path / "config.json", {"model_type": "llama", "hidden_size": hidden, "num_attention_heads": 8,
+                                                "num_hidden_layers": 1, "vocab_size": 4096})
+    budget = 64 << 20
+    assert budget / 2 < huref.plan(tmp_path, K=256, max_memory=budget).peak_bytes <= budget
+    (tmp_path / "ids").write_text("\n".join(map(str, range(256))))
+    code = ("import torch; torch.set_num_threads(1); from llmcore import cli; from llmcore.commands import huref as command\n"
+            "from llmcore.methods import huref; torch.randn(512, 512) @ torch.randn(512, 512)\n"
+            "peak = lambda: int(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1]) * 1024\n"
+            "before = peak()\ntry:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code\nprint(peak() - before)")
+    run = subprocess.run([sys.executable, "-c", code, "huref", "fingerprint", str(tmp_path), "-o", str(tmp_path / "f"), "-K", "256",
+                          "--tokens", str(tmp_path / "ids"), "--max-memory", "64M"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(run.stdout.split()[-1]) < budget + 8e6
+    with pytest.raises(ValueError, match=r"max_memory = 33554432 bytes is too little.* K = \d+ fits"):
+        huref.fingerprint(tmp_path, K=256, tokens=list(range(256)), max_memory=32 << 20)
+
+
+def test_pooled_fingerprint_of_many_tokens_has_nothing_of_size_k_squared(tmp_path):
+    """K = 32,768: one matrix would be 4.3 GB; the whole fingerprint with its pooled vectors stays below 250 MB over the imports."""
+    hidden, width, p = 32, 48, "model.layers.0."
+    shapes = {"model.embed_tokens.weight": (40000, hidden), **{f"{p}self_attn.{s}_proj.weight": (hidden, hidden) for s in "qkvo"},
+              f"{p}mlp.gate_proj.weight": (width, hidden), f"{p}mlp.up_proj.weight": (width, hidden),
+              f"{p}mlp.down_proj.weight": (hidden, width)}
+    _write_sparse(tmp_path, shapes, tuple(shapes))
+    files.write_json(tmp_path / "config.json", {"model_type": "llama", "hidden_size": hidden, "num_attention_heads": 4,
+                                                "num_hidden_layers": 1, "vocab_size": 40000})
+    code = ("import torch; torch.set_num_threads(1); from llmcore.methods import huref; torch.randn(512, 512) @ torch.randn(512, 512)\n"
+            "peak = lambda: int(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1]) * 1024\n"
+            f"before = peak(); f = huref.fingerprint({str(tmp_path)!r}, K=32768, tokens=list(range(32768)))\n"
+            "assert f.pooled().shape == f.pooled(terms='hardened', pool='published').shape == (512,); print(peak() - before)")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(run.stdout) < 250e6
 
 
 def test_sparse_checkpoint_of_fifty_gigabytes(tmp_path):
@@ -191,22 +254,8 @@ def test_sparse_checkpoint_of_fifty_gigabytes(tmp_path):
         shapes |= {f"{p}mlp.gate_proj.weight": (width, hidden), f"{p}mlp.up_proj.weight": (width, hidden),
                    f"{p}mlp.down_proj.weight": (hidden, width), f"{p}input_layernorm.weight": (hidden,),
                    f"{p}post_attention_layernorm.weight": (hidden,)}
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    path = tmp_path / "model.safetensors"
-    with open(path, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        start = out.tell()
-        out.truncate(start + offset)
-        generator = torch.Generator().manual_seed(1)
-        for name, shape in shapes.items():
-            if name == "model.embed_tokens.weight" or name.startswith((f"model.layers.{layers - 1}.", f"model.layers.{layers - 2}.")):
-                out.seek(start + header[name]["data_offsets"][0])
-                out.write(torch.randn(shape, generator=generator).bfloat16().view(torch.uint8).numpy().tobytes())
+    last = tuple(f"model.layers.{n}." for n in (layers - 2, layers - 1))
+    path = _write_sparse(tmp_path, shapes, ("model.embed_tokens.weight", *(n for n in shapes if n.startswith(last))))
     files.write_json(tmp_path / "config.json", {"model_type": "llama", "hidden_size": hidden, "num_attention_heads": 4,
                                                 "num_hidden_layers": layers, "vocab_size": vocab})
     assert path.stat().st_size > 49e9
@@ -245,4 +294,4 @@ def test_verdicts_and_errors(base):
 
 def test_monotone_alignment():
     grid = torch.eye(5)[[0, 1, 3, 4]]
-    assert comparison.monotone_alignment(grid) == [(0, 0), (1, 1), (2, 3), (3, 4)]
+    assert matching.monotone_alignment(grid) == [(0, 0), (1, 1), (2, 3), (3, 4)]

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from llmcore.methods import huref
-from llmcore.methods.huref.layouts import find_layout, open_checkpoint
+from llmcore.methods.huref.adapters import open_checkpoint
+from llmcore.methods.huref.layouts import find_layout
 
 from llmcore import files
 
