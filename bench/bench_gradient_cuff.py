@@ -1,6 +1,6 @@
 """Gradient Cuff on one CPU thread against the published flow, interleaved in one run: CPU seconds a query.
 
-    python bench/bench_gradient_cuff.py short|long|attack|verdicts|early [queries, for early]
+    python bench/bench_gradient_cuff.py short|long|attack|verdicts|early [number: rounds of short and long, queries of early]
     python -m pytest bench/bench_gradient_cuff.py -s                          short alone; with -m slow the others, minutes each
 
 short, long  N = P = 10, T = 16, about 6 and about 300 user tokens, both stages run, prompts that never refuse; with `short` also a decode
@@ -396,10 +396,11 @@ def markdown(content: dict[str, Any]) -> str:
 def main(what: str) -> None:
     from llmcore.models import load_model
 
+    number = int(sys.argv[2]) if __name__ == "__main__" and len(sys.argv) > 2 else 0
     threads()
     model = load_model("smollm2", device="cpu", dtype=torch.float32)
     if what in ("short", "long"):
-        values: Any = speed_case(model, what, {"short": 3, "long": 2}[what])
+        values: Any = speed_case(model, what, number or {"short": 3, "long": 2}[what])
         path = save_part(what, values)
         if what == "short":
             path = save_part("step", step_ratio(model))
@@ -407,8 +408,7 @@ def main(what: str) -> None:
         values = attack_rows(model, rounds=1)
         path = save_part("attack", values)
     else:
-        number = int(sys.argv[2]) if __name__ == "__main__" and len(sys.argv) > 2 else 200
-        values = verdict_rows(model) if what == "verdicts" else early_rows(model, number)
+        values = verdict_rows(model) if what == "verdicts" else early_rows(model, number or 200)
         path = save(what, values)
     print(json.dumps(values, indent=2, default=str))
     print(path)
