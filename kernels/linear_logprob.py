@@ -1145,11 +1145,14 @@ def fused_linear_logprob(
 
     refused = {}
     if grad_filter is not None:
-        refused = {name: "grad_filter is served by the torch backend" for name in ("cpp", "triton", "reference")}
+        refused["cpp"] = "it has no grad_filter; the torch and triton backends do"
+        refused["reference"] = "it computes the exact gradient and has no grad_filter"
     if process_group is not None or accumulate_into is not None:
         refused["reference"] = "it has no process_group or accumulate_into"
     if hidden_states.dtype == torch.float64:
         refused["triton"] = "it has no float64 path"
+    elif {hidden_states.dtype, weight.dtype} == {torch.bfloat16, torch.float16}:
+        refused["triton"] = "it has no product of bfloat16 with float16"
     served_by = backends.choose("linear_logprob", backend, hidden_states.device, refused)
     scale, cap = 1.0 if logit_scale is None else float(logit_scale), 0.0 if softcap is None else float(softcap)
     if served_by == "reference":
