@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from llmcore.kernels import backends
-from llmcore.kernels import linear_logprob as module
+from llmcore.kernels import linear_logprob_ops as module
 from llmcore.kernels.linear_logprob import fused_linear_cross_entropy, fused_linear_logprob, linear_logprob_reference
+from llmcore.kernels.linear_logprob_inputs import _head
 from llmcore.kernels.preference import fused_preference_loss
 
 from llmcore.losses import Hinge
@@ -523,6 +524,7 @@ def test_opcheck(backend):
     saved = [x.detach() for x in module._op(*args)]
     upstream = torch.randn(9, generator=torch.Generator().manual_seed(0))
     backward = (
+        None,
         *(x.detach() for x in leaves),
         labels,
         None,
@@ -868,7 +870,7 @@ def test_products_keep_their_rows_at_any_ratio_of_vocabulary_to_hidden_size():
 
     hidden, weight, labels, _ = _inputs(256, 86 * 12, 12)
     index = (labels != -100).nonzero()[:, 0]
-    head = module._head(hidden, weight, None, labels, index, 0, 0, 1.0, 0.0, 1.0)[0]
+    head = _head(hidden, weight, None, labels, index, 0, 0, 1.0, 0.0, 1.0)[0]
     with Record():
         module._implementation("torch").forward(head, 0)
     assert min(rows) >= 64
