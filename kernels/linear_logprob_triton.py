@@ -343,7 +343,8 @@ class _LabelCorrection:
         self.head, self.wave, self.missed = head, wave, torch.zeros_like(due)
         self.local = labels - head.vocab_start
         self.order = self.local.argsort()
-        ends = torch.arange(0, len(head.weight) + wave, wave, device=labels.device)
+        # Ends stop at this shard's last row: labels of other shards lie outside every wave.
+        ends = torch.arange(0, len(head.weight) + wave, wave, device=labels.device).clamp_(max=len(head.weight))
         self.edges = torch.searchsorted(self.local[self.order], ends).tolist()
 
     def read(self, grad: Tensor, start: int, columns: int, index: Tensor | None) -> None:
