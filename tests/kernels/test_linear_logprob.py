@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from llmcore.kernels import backends
 from llmcore.kernels import linear_logprob_ops as module
 from llmcore.kernels.linear_logprob import fused_linear_cross_entropy, fused_linear_logprob, linear_logprob_reference
