@@ -114,6 +114,7 @@ def _flash_serves(query: Tensor, value: Tensor) -> bool:
         return query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) and query.shape[3] > 0 and value.shape[3] > 0
     return (
         query.device.type == "cuda"
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[3] == value.shape[3]
         and query.shape[3] % 8 == 0
