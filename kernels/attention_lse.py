@@ -110,8 +110,10 @@ def _plan(
 
 
 def _flash_serves(query: Tensor, value: Tensor) -> bool:
+    if query.numel() == 0 or value.numel() == 0:  # the CPU kernel divides by the number of rows and ends the process
+        return False
     if query.device.type == "cpu":
-        return query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) and query.shape[3] > 0 and value.shape[3] > 0
+        return query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     return (
         query.device.type == "cuda"
         and torch.cuda.get_device_capability(query.device) >= (8, 0)

@@ -277,7 +277,7 @@ def _pieces_kernel(
         present = lane < tl.load(row_count + row_tile)
         at = b * n + tl.load(row_start + row_tile) + lane
         row = tl.load(row_order + at, mask=present, other=0)
-        row_id = tl.load(row_segment + at, mask=present, other=-1)
+        row_id = tl.load(row_segment + at, mask=present, other=0)
         row_low = tl.load(low + b * n + row, mask=present, other=0)
         row_high = tl.load(high + b * n + row, mask=present, other=0)
         c = tl.arange(0, BLOCK_N)
@@ -335,7 +335,7 @@ def _pieces_kernel(
             if ATTN >= 0:
                 attention = tl.sum(tl.where(mine, p, 0.0), 1)
             for id in range(row_from, row_to):
-                keep = (row_id == id) & (tl.load(pairs + tl.cast(id, tl.int64) * segments + column) != 0)
+                keep = present & (row_id == id) & (tl.load(pairs + tl.cast(id, tl.int64) * segments + column) != 0)
                 out = partial + (head * (row_tiles + row_segments) + r + id) * slots + t + column
                 if ABS >= 0:
                     tl.store(out + ABS * plane, tl.sum(tl.where(keep, absolute, 0.0), 0))
@@ -449,7 +449,7 @@ class Config:
 # few segments, without cap and diagonal; "rich" anything else. Not measured: chosen by the registers and shared memory of the compiled
 # binary (python -m llmcore.kernels.aot); replace a row together with the device, date and figures that justify it.
 _ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-_CONFIGS = {
+_CONFIGS: dict[tuple[str, int | str, str], Config] = {
     **{("lean", 64, target): Config(128, 128, 8, 3) for target in ("sm_90", "sm_100")},
     **{("lean", 128, target): Config(128, 128, 8, 2) for target in ("sm_90", "sm_100")},
     **{("lean", 256, target): Config(64, 64, 8, 2) for target in ("sm_90", "sm_100")},
@@ -469,10 +469,10 @@ LARGEST_WHOLE = 256  # of the head sizes that fit a tile of 16-bit operands
 
 def _shape(itemsize: int, size: int, value_size: int) -> tuple[int | str, int, int]:
     """(key of the table, BLOCK_D, BLOCK_E) of a pair of head sizes."""
-    blocks = tuple(max(16, triton.next_power_of_2(x)) for x in (size, value_size))
-    if itemsize == 2 and max(blocks) <= LARGEST_WHOLE:
-        return max(64, *blocks), *blocks
-    return "chunked", min(blocks[0], _CHUNK[itemsize]), min(blocks[1], _CHUNK[itemsize])
+    block_d, block_e = (max(16, triton.next_power_of_2(x)) for x in (size, value_size))
+    if itemsize == 2 and max(block_d, block_e) <= LARGEST_WHOLE:
+        return max(64, block_d, block_e), block_d, block_e
+    return "chunked", min(block_d, _CHUNK[itemsize]), min(block_e, _CHUNK[itemsize])
 
 
 @functools.cache
