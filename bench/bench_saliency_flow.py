@@ -3,6 +3,7 @@ flash attention forward + backward without any saliency. One process, interleave
 
     python -m pytest bench/bench_saliency_flow.py -s                  n = 256 (about a minute)
     python bench/bench_saliency_flow.py [--sizes 256,1024,2048] [--long 8192] [--rounds 3] [--save]
+    python bench/bench_saliency_flow.py --gpu [--save]                 the Triton kernels beside the flash forward; needs a GPU
 
 All three freeze the parameters, keep logits at the last token only and sum the same three segments, so the difference is saliency alone.
 Floor of the bins: 2·n²·d·H FLOP a layer (two products, causal half) at the rate of the library's float32 product, and n²·H/2 exponentials
@@ -222,6 +223,63 @@ def run(sizes: list[int], long: int | None, rounds: int, *, memory: bool = True,
     return results
 
 
+def gpu(rounds: int = 11, *, save: bool = False) -> dict[str, Any]:
+    """One layer, 32 query and 8 key/value heads, bfloat16, causal, three segments: bins and flash forward interleaved, each call
+    synchronised (planning on the device included); pruned pairs; a gradient in the last row alone; extra memory at n = 131072."""
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_saliency_flow --gpu needs a CUDA or ROCm device: none here, nothing measured")
+    from llmcore.kernels.saliency_flow import attention_with_lse, saliency_flow, saliency_flow_reference
+
+    heads, kv_heads, device = 32, 8, torch.device("cuda")
+
+    def layer(n: int, size: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(n)
+        shapes = ((heads, n), (kv_heads, n), (kv_heads, n), (heads, n))
+        tensors = [torch.randn(1, *shape, size, generator=generator, device=device, dtype=torch.bfloat16) for shape in shapes]
+        ids = torch.arange(n, device=device)[None] * 3 // n
+        return *tensors, attention_with_lse(*tensors[:3])[1], ids
+
+    counts: dict[str, Any] = {"num_row_segments": 3, "num_col_segments": 3, "backend": "triton"}
+    small = layer(1024, 128)
+    wide = [t.double() for t in small[:4]]
+    truth = saliency_flow_reference(*wide, None, small[5]).abs_sum
+    error = ((saliency_flow(*small, **counts).abs_sum - truth).abs() / truth.clamp(min=1e-30)).max().item()
+    if not error < 5e-3:
+        raise RuntimeError(f"bins differ from float64 by {error:.1e}; no times for a wrong result")
+    results: dict[str, Any] = {"relative_error_at_1024": error, "shapes": []}
+    one = torch.zeros(3, 3, dtype=torch.bool, device=device)
+    one[2, 0] = True
+    for n, size in ((2048, 64), (2048, 128), (8192, 64), (8192, 128), (32768, 64), (32768, 128)):
+        query, key, value, grad, lse, ids = layer(n, size)
+        last = torch.zeros_like(grad)
+        last[:, :, -1] = grad[:, :, -1]
+        steps: dict[str, Callable[[], Any]] = {
+            "flash forward": lambda q=query, k=key, v=value: attention_with_lse(q, k, v),
+            "bins": lambda t=(query, key, value, grad, lse, ids): saliency_flow(*t, **counts),
+            "bins, one of six visible pairs": lambda t=(query, key, value, grad, lse, ids): saliency_flow(*t, pairs=one, **counts),
+            "bins, gradient in the last row": lambda t=(query, key, value, last, lse, ids): saliency_flow(*t, **counts),
+        }
+        rows = harness.interleaved(steps, rounds=rounds, warmup=3)
+        work = 2.0 * n * n * size * heads
+        ratio = rows["bins"]["median_ms"] / rows["flash forward"]["median_ms"]
+        results["shapes"].append(
+            {"n": n, "head_dim": size, "rows": rows, "bins_tflops": work / rows["bins"]["median_ms"] / 1e9, "bins_vs_flash_forward": ratio}
+        )
+        print(f"n = {n}, d = {size}: " + ", ".join(f"{name} {row['median_ms']:.3f} ms" for name, row in rows.items()))
+        print(f"  bins take {ratio:.2f} of the flash forward's time")
+    query, key, value, grad, lse, ids = layer(131072, 128)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    saliency_flow(query, key, value, grad, lse, ids, **counts)
+    torch.cuda.synchronize()
+    results["extra_bytes_at_131072"] = torch.cuda.max_memory_allocated() - before
+    print(f"n = 131072, d = 128: {results['extra_bytes_at_131072'] / 2**20:.0f} MiB above the inputs")
+    if save:
+        harness.save("saliency_flow_gpu", results)
+    return results
+
+
 def test_saliency_flow_small():
     results = run([256], None, 3)
     assert results["n256"]["total_vs_eager"] < 2
@@ -232,6 +290,10 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", default="256,1024,2048")
     parser.add_argument("--long", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
+    if options.gpu:
+        gpu(save=options.save)
+        sys.exit()
     run([int(x) for x in options.sizes.split(",") if x], options.long or None, options.rounds, save=options.save)

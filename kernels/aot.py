@@ -4,7 +4,7 @@ Each `kernels/<family>_triton.py` lists what it launches in `aot_cases()`. `comp
 resources from the binary with the tools that ship inside the triton package (cuobjdump for NVIDIA, the code object's metadata for AMD).
 A case fails its target when it spills, unless it states why that is acceptable, or when its shared memory exceeds the device's limit.
 
-    python -m llmcore.kernels.aot            compile everything for every target, print the table
+    python -m llmcore.kernels.aot [--everyday]      compile everything (or what tests compile) for every target, print the table
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class AotCase:
     kernel: the @triton.jit function. signature: argument -> type ("*bf16", "i32", "i64", "fp32", "constexpr").
     constexprs: argument -> value. divisible: arguments known to be multiples of 16 (pointers always are).
     targets: which of TARGETS launch this configuration. spills_allowed: target -> the reason, when a spill is accepted.
+    everyday: compiled by `--everyday` too, the selection that every test run can afford.
     """
 
     name: str
@@ -47,11 +48,12 @@ class AotCase:
     divisible: tuple[str, ...] = ()
     targets: tuple[str, ...] = tuple(TARGETS)
     spills_allowed: dict[str, str] = dataclasses.field(default_factory=dict)
+    everyday: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class AotReport:
-    """Resources of one compiled kernel. spill_bytes: local memory a thread (NVIDIA STACK+LOCAL) or spilled registers · 4 (AMD)."""
+    """Resources of one compiled kernel. spill_bytes: local memory a thread (NVIDIA STACK+LOCAL, AMD private segment)."""
 
     name: str
     target: str
@@ -103,7 +105,7 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
             raise RuntimeError(f"the AMD code object states no .{name}")
         return int(found[1])
 
-    return field("vgpr_count"), 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+    return field("vgpr_count"), field("private_segment_fixed_size")
 
 
 def all_cases() -> list[AotCase]:
@@ -128,6 +130,8 @@ def main() -> int:
     faults = []
     print(f"{'kernel':<56} {'target':<8} {'registers':>9} {'spill B':>8} {'shared B':>9}")
     for case in all_cases():
+        if "--everyday" in sys.argv[1:] and not case.everyday:
+            continue
         for target in case.targets:
             report = compile_case(case, target)
             print(f"{case.name:<56} {target:<8} {report.registers:>9} {report.spill_bytes:>8} {report.shared_bytes:>9}", flush=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from llmcore.kernels.linear_logprob import Stats, fused_linear_logprob
-from llmcore.kernels.preference import _layout
+from llmcore.kernels.preference_layout import _layout
 from torch import Tensor
 
 

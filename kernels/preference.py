@@ -22,14 +22,26 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from llmcore.kernels import backends
-from llmcore.kernels import linear_logprob as linear
-from llmcore.kernels.linear_logprob import Stats, fused_linear_logprob, linear_logprob_reference
+from llmcore.kernels.linear_logprob import AUTO_BUDGET, Stats, fused_linear_logprob, linear_logprob_reference
 from llmcore.kernels.linear_logprob_core import ARGMAX, ENTROPY, SUM_SQ, VOCAB_BLOCK
+from llmcore.kernels.linear_logprob_inputs import _check, _ref_head
+from llmcore.kernels.linear_logprob_ops import _implementation
+from llmcore.kernels.preference_blocks import _merge_outputs, _Objective, _pair_blocks, _wpo
+from llmcore.kernels.preference_layout import (
+    _check_pairs,
+    _check_reference,
+    _common_prefix,
+    _default_pairs,
+    _Layout,
+    _layout,
+    _ld_weights,
+    _share_prefixes,
+)
 from torch import Tensor
 
 METRICS = ("entropy", "token_accuracy", "kl")
@@ -164,9 +176,6 @@ def preference_loss_reference(
     return loss(sums[chosen], sums[rejected], *ref, counts[chosen], counts[rejected]).loss
 
 
-# ---- layout: sequences, counts, pairs --------------------------------------------------------------------------------------------------
-
-
 def _as_one_loss(loss: Any) -> Any:
     if isinstance(loss, Sequence) and not isinstance(loss, str):
         first = loss[0][0] if len(loss) and isinstance(loss[0], Sequence) and len(loss[0]) == 2 else None
@@ -176,412 +185,6 @@ def _as_one_loss(loss: Any) -> Any:
     if not callable(loss) or not hasattr(loss, "needs_reference"):
         raise TypeError(f"loss must be a loss object of llmcore.losses such as DPO(beta=0.1), got {loss!r}")
     return loss
-
-
-def _default_pairs(num_sequences: int, device: torch.device) -> Tensor:
-    if num_sequences % 2:
-        raise ValueError(
-            f"labels hold {num_sequences} sequences: without pair_index the first half is chosen and the second half rejected, "
-            "which needs an even number; pass pair_index (P, 2)"
-        )
-    return torch.arange(num_sequences, device=device).view(2, -1).T
-
-
-@dataclasses.dataclass
-class _Layout:
-    """Which label positions are scored and to which sequence each belongs.
-
-    scored: bool, shape of labels, the rows that enter the GEMMs. extra_rows/extra_seq: positions (flat) that also count for another
-    sequence,
-    because that sequence starts with the same tokens. token_weight: shape of labels or None (LD-DPO).
-    """
-
-    shape: torch.Size
-    cu: Tensor | None
-    scored: Tensor
-    counts: Tensor
-    extra_rows: Tensor | None = None
-    extra_seq: Tensor | None = None
-    token_weight: Tensor | None = None
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.counts)
-
-    def sequence_of(self) -> Tensor:
-        """(labels.numel(),) sequence of each position."""
-        if self.cu is None:
-            return torch.arange(self.shape[0], device=self.scored.device).repeat_interleave(self.shape[1])
-        return torch.repeat_interleave(torch.arange(len(self.cu) - 1, device=self.scored.device), self.cu.diff())
-
-    def sums(self, values: Tensor, weighted: bool = True) -> Tensor:
-        """Per-sequence sums of a per-position tensor that is 0 where not scored, accumulated in float64 and rounded once."""
-        out_dtype = values.dtype if values.dtype == torch.float64 else torch.float32
-        values = values.double()
-        if weighted and self.token_weight is not None:
-            values = values * self.token_weight
-        if self.cu is None:
-            total = values.sum(dim=1)
-        else:
-            total = torch.segment_reduce(values.reshape(-1), "sum", lengths=self.cu.diff())
-        if self.extra_rows is not None and self.extra_seq is not None:
-            total = total.index_add(0, self.extra_seq, values.reshape(-1).index_select(0, self.extra_rows))
-        return total.to(out_dtype)
-
-    def row_coefficients(self, per_sequence: Tensor) -> Tensor:
-        """The transpose of `sums`: the coefficient of each position (flat) from those of the sequences."""
-        rows = per_sequence.double().index_select(0, self.sequence_of())
-        if self.extra_rows is not None and self.extra_seq is not None:
-            rows = rows.index_add(0, self.extra_rows, per_sequence.double().index_select(0, self.extra_seq))
-        return rows if self.token_weight is None else rows * self.token_weight.reshape(-1)
-
-
-def _layout(labels: Tensor, label_mask: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int, shift: int) -> _Layout:
-    if labels.dim() not in (1, 2) or (labels.dim() == 1 and cu_seqlens is None):
-        raise ValueError(
-            f"labels must be (num_sequences, seq_len), or packed with cu_seqlens; got {tuple(labels.shape)} and cu_seqlens="
-            f"{'None' if cu_seqlens is None else tuple(cu_seqlens.shape)}"
-        )
-    scored = linear._scored(labels, label_mask, cu_seqlens, ignore_index, shift)
-    if cu_seqlens is None:
-        return _Layout(labels.shape, None, scored, scored.sum(dim=1))
-    cu = cu_seqlens.to(device=labels.device, dtype=torch.int64)
-    counts = torch.segment_reduce(scored.reshape(-1).double(), "sum", lengths=cu.diff()).long()
-    return _Layout(labels.shape, cu, scored, counts)
-
-
-def _scored_positions(layout: _Layout) -> tuple[Tensor, Tensor]:
-    """Flat positions of the scored rows, sequence after sequence, and where each sequence starts among them."""
-    return layout.scored.reshape(-1).nonzero()[:, 0], layout.counts.cumsum(0) - layout.counts
-
-
-def _check_pairs(pair_index: Tensor, num_sequences: int, device: torch.device) -> Tensor:
-    if not isinstance(pair_index, Tensor) or pair_index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"pair_index must be an int64 tensor (P, 2), got {getattr(pair_index, 'dtype', type(pair_index).__name__)}")
-    if pair_index.dim() != 2 or pair_index.shape[1] != 2:
-        raise ValueError(f"pair_index must be (P, 2) of (chosen, rejected), got {tuple(pair_index.shape)}")
-    if pair_index.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = ((pair_index < 0) | (pair_index >= num_sequences)).any(dim=1)
-        if bool(bad.any()):
-            at = int(bad.nonzero()[0, 0])
-            raise ValueError(f"pair_index must point at sequences 0 to {num_sequences - 1}, pair {at} is {pair_index[at].tolist()}")
-        unused = num_sequences - pair_index.unique().numel()
-        if unused:
-            warnings.warn(f"{unused} of {num_sequences} sequences are in no pair of pair_index; they are scored for nothing", stacklevel=3)
-    return pair_index.to(device=device, dtype=torch.int64)
-
-
-def _check_reference(ref_logp: Tensor, num_sequences: int, device: torch.device) -> Tensor:
-    if not isinstance(ref_logp, Tensor) or not ref_logp.is_floating_point():
-        raise TypeError(f"ref_logp must be a floating tensor (num_sequences,), got {getattr(ref_logp, 'dtype', type(ref_logp).__name__)}")
-    if ref_logp.shape != (num_sequences,):
-        raise ValueError(f"ref_logp must be ({num_sequences},), one summed log-probability per sequence, got {tuple(ref_logp.shape)}")
-    if ref_logp.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(ref_logp.isfinite().all()):
-        at = int((~ref_logp.isfinite()).nonzero()[0, 0])
-        raise ValueError(f"ref_logp must be finite, sequence {at} has {float(ref_logp[at])}; score the reference again")
-    return ref_logp.detach().to(device)
-
-
-def _common_prefix(hidden: Tensor, labels: Tensor, layout: _Layout, pairs: Tensor, shift: int, check_hidden: bool) -> Tensor:
-    """(P,) number of leading scored tokens on which both members agree, and (when asked) whose hidden rows are equal bit for bit."""
-    positions, start = _scored_positions(layout)
-    chosen, rejected = pairs[:, 0], pairs[:, 1]
-    shorter = torch.minimum(layout.counts[chosen], layout.counts[rejected])
-    longest = int(shorter.max()) if len(shorter) else 0
-    step = torch.arange(longest, device=labels.device)
-    inside = step < shorter[:, None]
-    if not len(positions) or not longest:
-        return torch.zeros_like(shorter)
-    limit = len(positions) - 1
-    at_w = positions[(start[chosen, None] + step).clamp(max=limit)]
-    at_l = positions[(start[rejected, None] + step).clamp(max=limit)]
-    flat = labels.reshape(-1)
-    same = (inside & (flat[at_w] == flat[at_l])).cumprod(dim=1).bool()
-    if check_hidden:
-        rows = hidden.detach().reshape(-1, hidden.shape[-1])
-        candidates = same.nonzero()
-        w, other = at_w[same] - shift, at_l[same] - shift
-        equal = (rows[w] == rows[other]).all(dim=1)
-        same[candidates[:, 0], candidates[:, 1]] = equal
-        same = same.cumprod(dim=1).bool()
-    return same.sum(dim=1)
-
-
-def _share_prefixes(hidden: Tensor, labels: Tensor, layout: _Layout, pairs: Tensor, shift: int) -> None:
-    """Score the rows of a common completion prefix once: the rejected member's copies leave `scored` and point at the chosen member's.
-
-    The shared row then carries c_w + c_l, which is exactly 0 for losses of the margin alone: such rows leave the backward too.
-    """
-    if pairs[:, 1].unique().numel() < len(pairs) or bool(torch.isin(pairs[:, 1], pairs[:, 0]).any()):
-        raise ValueError("shared_prefix needs every rejected sequence in exactly one pair and never chosen; pass shared_prefix=False")
-    length = _common_prefix(hidden, labels, layout, pairs, shift, check_hidden=True)
-    positions, start = _scored_positions(layout)
-    which = torch.arange(len(pairs), device=labels.device).repeat_interleave(length)
-    offset = torch.arange(int(length.sum()), device=labels.device) - (length.cumsum(0) - length).repeat_interleave(length)
-    layout.extra_rows = positions[start[pairs[which, 0]] + offset]
-    layout.extra_seq = pairs[which, 1]
-    duplicate = positions[start[pairs[which, 1]] + offset]
-    flat = layout.scored.reshape(-1).clone()
-    flat[duplicate] = False
-    layout.scored = flat.view(layout.shape)
-
-
-def _ld_weights(layout: _Layout, pairs: Tensor, alpha: float) -> Tensor:
-    """1 for the first min(n_w, n_l) scored tokens of a sequence, alpha for the rest; shape of labels, 0 where not scored."""
-    if pairs.numel() != layout.num_sequences or pairs.flatten().unique().numel() != layout.num_sequences:
-        raise ValueError("ld_alpha needs every sequence in exactly one pair: a token's weight depends on its partner's length")
-    limit = torch.empty_like(layout.counts)
-    shorter = layout.counts[pairs].amin(dim=1)
-    limit[pairs[:, 0]], limit[pairs[:, 1]] = shorter, shorter
-    flat = layout.scored.reshape(-1)
-    sequence = layout.sequence_of()
-    rank = flat.long().cumsum(0) - 1 - (layout.counts.cumsum(0) - layout.counts)[sequence]
-    weight = torch.where(rank < limit[sequence], 1.0, alpha) * flat
-    return weight.double().view(layout.shape)
-
-
-# ---- loss of a set of sequences --------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Objective:
-    """How sequence sums become a loss: the loss object, who is paired with whom, and the normalisers of the whole batch."""
-
-    loss: Any
-    pairs: Tensor | None  # None: unpaired
-    desirable: Tensor | None
-    z0: Tensor | float
-    weights: Tensor | None
-    num_pairs: int | None
-    num_tokens: int | Tensor | None
-
-    def __call__(self, logp: Tensor, ref: Tensor | None, counts: Tensor, pairs: Tensor | None = None, weights: Tensor | None = None):
-        """LossOutput of `pairs` (default: all). For unpaired losses logp, ref, counts and self.desirable cover the same sequences."""
-        if self.desirable is not None:
-            good, bad = self.desirable.nonzero()[:, 0], (~self.desirable).nonzero()[:, 0]
-            assert ref is not None
-            return self.loss(logp[good], logp[bad], ref[good], ref[bad], z0=self.z0, num_pairs=self.num_pairs)
-        pairs = self.pairs if pairs is None else pairs
-        assert pairs is not None
-        chosen, rejected = pairs[:, 0], pairs[:, 1]
-        refs = (None, None) if ref is None else (ref[chosen], ref[rejected])
-        return self.loss(
-            logp[chosen],
-            logp[rejected],
-            *refs,
-            counts[chosen],
-            counts[rejected],
-            weights=self.weights if weights is None else weights,
-            num_pairs=self.num_pairs,
-            num_tokens=self.num_tokens,
-        )
-
-
-def _wpo(layout: _Layout, logp: Tensor, log_sum_sq: Tensor, pairs: Tensor) -> Tensor:
-    mean = layout.sums((logp - log_sum_sq).detach(), weighted=False) / layout.counts.clamp(min=1)
-    return (mean[pairs[:, 0]] + mean[pairs[:, 1]]).exp()
-
-
-# ---- resident schedule over blocks of whole pairs --------------------------------------------------------------------------------------
-#
-# dz needs c, c needs both members' sums. So take whole pairs until their rows fill the budget: forward keeps their logits, the sums give c,
-# the backward reads the kept logits, and the next block reuses the memory. After a block, grad_weight (float32) holds the sum over all
-# blocks so far of c_s (onehot - p)ᵀ h, and grad_rows its rows' final gradients; only the upstream scalar is missing, which autograd brings.
-
-
-class _Precomputed(torch.autograd.Function):
-    """The loss, whose gradients for an upstream of 1 are already there. Consumed by the first backward."""
-
-    @staticmethod
-    def forward(ctx, loss, hidden, weight, bias, place: Callable[[Tensor], Tensor], grads: list):
-        ctx.place, ctx.grads = place, grads
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return loss.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        if not ctx.grads:
-            raise RuntimeError(
-                "this loss has been differentiated already and its gradients were handed over; "
-                "for a second backward through the same graph use mode='recompute'"
-            )
-        rows, weight, bias = ctx.grads
-        ctx.grads.clear()
-        if upstream.device.type != "cpu" or float(upstream) != 1.0:
-            for grad in (rows, weight, bias):
-                if grad is not None:
-                    grad.mul_(upstream.to(grad.dtype))
-        return (
-            None,
-            None if rows is None else ctx.place(rows),
-            None if weight is None else weight.to(ctx.dtypes[0]),
-            None if bias is None else bias.to(ctx.dtypes[1]),
-            None,
-            None,
-        )
-
-
-def _components(units: Tensor, num_sequences: int) -> list[list[int]]:
-    """Units (pairs, or single sequences) grouped so that units sharing a sequence stay together, in order of first appearance."""
-    owner: dict[int, int] = {}
-    parent = list(range(len(units)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, members in enumerate(units.tolist()):
-        for s in members:
-            if s in owner:
-                parent[root(i)] = root(owner[s])
-            owner[s] = i
-    groups: dict[int, list[int]] = {}
-    for i in range(len(units)):
-        groups.setdefault(root(i), []).append(i)
-    return list(groups.values())
-
-
-def _blocks_of_pairs(units: Tensor, counts: Tensor, capacity: int) -> list[list[int]]:
-    """Unit numbers of each block: whole components until their rows would exceed `capacity` (a larger component is a block by itself)."""
-    blocks: list[list[int]] = []
-    filled = capacity + 1
-    for group in _components(units, len(counts)):
-        rows = int(counts[units[group].unique()].sum())
-        if filled + rows > capacity:
-            blocks.append([])
-            filled = 0
-        blocks[-1] += group
-        filled += rows
-    return blocks
-
-
-def _pair_blocks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    layout: _Layout,
-    objective: _Objective,
-    ref: Tensor | None,
-    *,
-    shift: int,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    want: int,
-    wpo: bool,
-    capacity: int,
-    backend: str,
-    stats: Stats,
-) -> tuple[Tensor, Any, Tensor, dict[int, Tensor]]:
-    """(loss with its gradients attached, merged LossOutput fields, sequence sums, per-position statistics asked for by `want`)."""
-    implementation = linear._implementation(backend)
-    device, dtype = hidden.device, torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    need = hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
-    units = objective.pairs if objective.pairs is not None else torch.arange(layout.num_sequences, device=device)[:, None]
-    sequence, scored = layout.sequence_of(), layout.scored.reshape(-1)
-    own_counts = torch.zeros_like(layout.counts).index_add_(0, sequence, scored.long())
-    blocks = _blocks_of_pairs(units.cpu(), own_counts.cpu(), capacity)
-    num_positions = labels.numel()
-    logp = torch.zeros(num_positions, dtype=dtype, device=device)
-    extras = {bit: torch.zeros(num_positions, dtype=dtype, device=device) for bit in (ENTROPY, ARGMAX, SUM_SQ) if want & bit}
-    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=device) if need[1] else None
-    grad_bias = torch.zeros(len(weight), dtype=dtype, device=device) if need[2] else None
-    kept_rows, kept_grads, outputs, executed, alive_rows = [], [], [], 0.0, 0
-
-    for block in blocks:
-        mine = units[block]
-        member = torch.zeros(layout.num_sequences, dtype=torch.bool, device=device)
-        member[mine.reshape(-1)] = True
-        index = (scored & member[sequence]).nonzero()[:, 0]
-        head, flat = linear._head(hidden, weight, bias, labels, index, shift, 0, logit_scale, softcap, temperature)
-        linear._check_labels(head.labels, 0, len(weight))
-        resident_rows = min(capacity, len(index))
-        found = implementation.forward(head, want | (SUM_SQ if wpo else 0), resident_rows=resident_rows) if len(index) else None
-        if found is not None:
-            log_sum = found.sum_exp.double().log()
-            logp[index] = (found.target.double() - found.row_max.double() - log_sum).to(dtype)
-            if ENTROPY in extras:
-                extras[ENTROPY][index] = (log_sum - found.shifted.double() / found.sum_exp.double()).to(dtype)
-            if ARGMAX in extras:
-                extras[ARGMAX][index] = (found.argmax == head.labels).to(dtype)
-            if SUM_SQ in extras:
-                extras[SUM_SQ][index] = (found.sum_sq.double().log() - 2 * log_sum).to(dtype)
-            executed += len(index)
-        sums = layout.sums(logp.view(layout.shape))
-        # Coefficients of this block's sequences: autograd through the loss's own coefficients, O(S).
-        leaf = sums.detach().requires_grad_()
-        if objective.desirable is None:
-            factor = _wpo(layout, logp.view(layout.shape), extras[SUM_SQ].view(layout.shape), mine) if wpo else None
-            if factor is None and objective.weights is not None:
-                factor = objective.weights[block]
-            with torch.enable_grad():
-                out = objective(leaf, ref, layout.counts, mine, factor)
-        else:
-            rows = mine[:, 0]
-            part = dataclasses.replace(objective, desirable=objective.desirable[rows])
-            with torch.enable_grad():
-                out = part(leaf[rows], None if ref is None else ref[rows], layout.counts[rows])
-        (coef,) = torch.autograd.grad(out.loss, leaf)
-        outputs.append((block, out))
-        if found is None:
-            continue
-        row_coef = layout.row_coefficients(coef)[index].to(dtype)
-        alive = row_coef.ne(0).nonzero()[:, 0]
-        alive_rows += len(alive)
-        if len(alive) == 0:
-            continue
-        if len(alive) < len(index):
-            head, flat = dataclasses.replace(head, rows=head.rows[alive], labels=head.labels[alive]), flat[alive]
-        row_coef = row_coef[alive]
-        grads = implementation.backward(
-            head,
-            found.lse[alive].to(dtype),
-            found.target[alive],
-            row_coef,
-            row_coef,
-            None,
-            resident=found.resident if resident_rows else None,
-            offsets=found.offsets,
-            slots=torch.where(alive < resident_rows, alive, -1) if resident_rows else None,
-            need_hidden=need[0],
-            need_weight=need[1],
-            need_bias=need[2],
-            grad_weight_out=grad_weight,
-        )
-        executed += len(alive) * (float(need[0]) + float(need[1])) + float((alive >= resident_rows).sum())
-        if need[0]:
-            kept_rows.append(flat)
-            kept_grads.append(grads.hidden)
-        if grad_bias is not None:
-            grad_bias += grads.bias.to(dtype)
-
-    grad_rows = target_rows = None
-    if need[0]:
-        grad_rows = torch.cat(kept_grads) if kept_grads else torch.zeros(0, hidden.shape[-1], dtype=dtype, device=device)
-        target_rows = torch.cat(kept_rows) if kept_rows else torch.zeros(0, dtype=torch.int64, device=device)
-    shape, out_dtype = hidden.shape, hidden.dtype
-
-    def place(rows: Tensor) -> Tensor:
-        assert target_rows is not None
-        full = torch.zeros(shape, dtype=out_dtype, device=device)
-        full.view(-1, shape[-1]).index_copy_(0, target_rows, rows.to(out_dtype))
-        return full
-
-    order = torch.tensor([i for block, _ in outputs for i in block], device=device)
-    value = torch.stack([out.loss.detach() for _, out in outputs]).sum() if outputs else torch.zeros((), dtype=dtype, device=device)
-    loss = _Precomputed.apply(value, hidden, weight, bias, place, [grad_rows, grad_weight, grad_bias])
-    stats.gemm_units, stats.rows_backward = executed / max(int(scored.sum()), 1), alive_rows
-    stats.mode = "resident" if all(int(own_counts[units[b].unique()].sum()) <= capacity for b in blocks) else "mixed"
-    return (
-        loss,
-        (order, [out for _, out in outputs]),
-        layout.sums(logp.view(layout.shape)),
-        {b: v.view(layout.shape) for b, v in extras.items()},
-    )
 
 
 # ---- public function -------------------------------------------------------------------------------------------------------------------
@@ -665,7 +268,7 @@ def fused_preference_loss(
         (torch.Size([2]), 2.0)
     """
     loss = _as_one_loss(loss)
-    linear._check(hidden_states, weight, labels, bias, label_mask, cu_seqlens, shift, softcap, temperature, logit_scale)
+    _check(hidden_states, weight, labels, bias, label_mask, cu_seqlens, shift, softcap, temperature, logit_scale)
     if isinstance(outputs, str) or set(outputs) - set(METRICS):
         raise ValueError(f"outputs must be a tuple of names among {METRICS}, got {outputs!r}")
     if mode not in ("auto", "recompute", "resident"):
@@ -763,8 +366,8 @@ def fused_preference_loss(
     ref_sums = None if ref_logp is None else _check_reference(ref_logp, num_sequences, device)
     ref_stats, together = None, False
     if ref is not None:
-        ref_hidden, ref_weight, ref_bias = linear._ref_head(ref)
-        linear._check(ref_hidden, ref_weight, labels, ref_bias, label_mask, cu_seqlens, shift, softcap, temperature, logit_scale)
+        ref_hidden, ref_weight, ref_bias = _ref_head(ref)
+        _check(ref_hidden, ref_weight, labels, ref_bias, label_mask, cu_seqlens, shift, softcap, temperature, logit_scale)
         same_bias = (bias is None and ref_bias is None) or (
             bias is not None and ref_bias is not None and bias.data_ptr() == ref_bias.data_ptr()
         )
@@ -895,7 +498,7 @@ def _blocks_capacity(
     hidden: Tensor, weight: Tensor, layout: _Layout, loss: Any, mode: str, memory_budget: int | None, backend: str, possible: bool
 ) -> tuple[int, str, int] | None:
     """(resident rows a block may keep, backend, bytes kept and scratch) when the pair-block schedule is the one to take, else None."""
-    limit = memory_budget if memory_budget is not None else linear.AUTO_BUDGET if mode == "auto" else None
+    limit = memory_budget if memory_budget is not None else AUTO_BUDGET if mode == "auto" else None
     if not possible or mode == "recompute" or loss.batch_level or limit is None:
         return None
     refused = {"triton": "it has no float64 path"} if hidden.dtype == torch.float64 else {}
@@ -907,25 +510,11 @@ def _blocks_capacity(
     row_bytes = len(weight) * (2 if half else 8 if hidden.dtype == torch.float64 else 4) + (
         4 * -(-len(weight) // VOCAB_BLOCK) if half else 0
     )
-    scratch = linear._implementation(served_by).scratch_bytes(num_rows, hidden.shape[-1], len(weight), half)
+    scratch = _implementation(served_by).scratch_bytes(num_rows, hidden.shape[-1], len(weight), half)
     capacity = max(0, limit - scratch) // row_bytes
     if capacity == 0 or capacity >= num_rows:
         return None
     return capacity, served_by, scratch + capacity * row_bytes
-
-
-def _merge_outputs(parts: tuple[Tensor, list], value: Tensor, loss: Any) -> Any:
-    """One LossOutput-like record of all blocks, its pairs back in input order."""
-    order, outs = parts
-    merged = dataclasses.replace(outs[0], loss=value)
-    if loss.unpaired:
-        return dataclasses.replace(merged, clamped=sum(o.clamped for o in outs))
-    back = order.argsort()
-    fields = {
-        name: torch.cat([getattr(o, name).detach() for o in outs])[back]
-        for name in ("per_pair", "coef_w", "coef_l", "rewards_chosen", "rewards_rejected", "grad_w", "grad_l")
-    }
-    return dataclasses.replace(merged, **fields, clamped=sum(o.clamped for o in outs))
 
 
 def _result(

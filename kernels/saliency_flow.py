@@ -35,7 +35,7 @@ KINDS = ("abs", "signed", "pos", "attn")  # bits 0..3 of the operators' `outputs
 HEADSUM, ROW_BINS, COLUMN_BINS, MATRIX = 16, 32, 64, 128
 MATRIX_LIMIT = 1 << 26  # entries of `matrix` beyond which it must be asked for as "large_matrix"
 
-backends.declare("saliency_flow", cpp="llmcore::saliency_flow_fwd", torch=None)
+backends.declare("saliency_flow", cpp="llmcore::saliency_flow_fwd", triton=None, torch=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +316,34 @@ def _shapes(query, key, value, grad, lse, low, high, diagonal, key_valid, row_se
     )
 
 
+@torch.library.custom_op("llmcore::saliency_flow_triton", mutates_args=())
+def _saliency_flow_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    low: Tensor,
+    high: Tensor,
+    diagonal: Tensor | None,
+    key_valid: Tensor | None,
+    row_segment: Tensor,
+    column_segment: Tensor,
+    pairs: Tensor,
+    scale: float,
+    softcap: float,
+    outputs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same contract on a GPU (or in Triton's interpreter): kernels/saliency_flow_triton.py."""
+    from llmcore.kernels import saliency_flow_triton
+
+    return saliency_flow_triton.forward(
+        query, key, value, grad, lse, low, high, diagonal, key_valid, row_segment, column_segment, pairs, scale, softcap, outputs
+    )
+
+
 _saliency_flow_blocked.register_fake(_shapes)
+_saliency_flow_triton.register_fake(_shapes)
 if backends.extension_error() is None:
     torch.library.register_fake("llmcore::saliency_flow_fwd", _shapes)
 
@@ -336,7 +363,7 @@ def _names(outputs: Sequence[str]) -> set[str]:
 def _backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
     refused = {}
     if dtype == torch.float64:
-        refused = {"cpp": f"it sums in float32 and {dtype} was given; use backend='torch'"}
+        refused = {name: f"it sums in float32 and {dtype} was given; use backend='torch'" for name in ("cpp", "triton")}
     return backends.choose("saliency_flow", backend, torch.device(device_type), refused)
 
 
@@ -404,7 +431,7 @@ def saliency_flow(
         outputs: names among "abs", "signed", "pos", "attn", "headsum_abs", "row_by_seg", "col_by_seg", "row_sum", "col_sum", "matrix"
             ("large_matrix" beyond 2^26 entries).
         exclude_diagonal: drop the pairs of a token with itself from sums and both counts.
-        backend: "auto", "cpp" (CPU tensors), "torch" (blocked; every device), "reference".
+        backend: "auto", "cpp" (CPU tensors), "triton" (GPU tensors), "torch" (blocked; every device), "reference".
 
     Returns:
         SaliencyFlow. Deterministic, and independent of the other sequences of the batch.
@@ -413,7 +440,8 @@ def saliency_flow(
         ValueError, TypeError for shapes, dtypes, devices or ids that disagree and for NaN or infinity in grad_output (checked for CPU
         tensors).
 
-    Memory: cpp: one float32 copy of key and value and 8 · Sr · Sc · H · n / 96 bytes. torch: 4 · H · 128 · 512 numbers. reference: 5 · B ·
+    Memory: cpp: one float32 copy of key and value and 8 · Sr · Sc · H · n / 96 bytes. triton: 4 · Sc · H · (n / 128 + Sr)
+        bytes, 4 · Sc · H · n where rows are kept apart. torch: 4 · H · 128 · 512 numbers. reference: 5 · B ·
         H · n · m.
 
     Example:
@@ -516,7 +544,7 @@ def saliency_flow(
     code |= MATRIX * ("matrix" in chosen)
     if code & (ROW_BINS | COLUMN_BINS | MATRIX):
         code |= 1
-    operator = {"cpp": "saliency_flow_fwd", "torch": "saliency_flow_blocked"}[serving]
+    operator = {"cpp": "saliency_flow_fwd", "triton": "saliency_flow_triton", "torch": "saliency_flow_blocked"}[serving]
     accumulation = torch.float64 if query.dtype == torch.float64 else torch.float32
     flat = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, grad_output)]
     bins, headsum, row_bins, column_bins, matrix = getattr(torch.ops.llmcore, operator)(

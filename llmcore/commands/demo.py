@@ -18,7 +18,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder of the report and the runs; the same command resumes there")] = Path("report"),
-    steps: Annotated[int, typer.Option(hidden=True, min=1)] = 40,
+    steps: Annotated[int, typer.Option(hidden=True, min=1)] = 30,
     prompts: Annotated[int | None, typer.Option(hidden=True, min=1)] = None,
 ) -> None:
     """Train the embedded model on preferences that it writes itself, and report what happened.

@@ -29,6 +29,6 @@ class Context:
 
     out: Path
     say: Callable[[str], None]
-    steps: int = 40
+    steps: int = 30
     prompts: int | None = None  # use only the first prompts; None = all
     progress: bool = True

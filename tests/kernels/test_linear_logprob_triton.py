@@ -83,14 +83,15 @@ def test_values_and_gradients(shape, dtype, mode, error_rule):
     plain, baseline, _ = _run(linear_logprob_reference, tensors, labels, upstream, OUTPUTS, **options)
     for name in OUTPUTS:
         assert ours[name].dtype == (torch.bool if name == "is_top1" else torch.float32)
-        error_rule(name, ours[name], truth[name], plain[name], atol=5e-6)
+        error_rule(name, ours[name], truth[name], plain[name], atol=2e-6)
     for name, got, want, base in zip(("hidden", "weight", "bias"), gradients, exact, baseline, strict=True):
         assert got.dtype == dtype
-        if dtype == torch.float32:
-            error_rule(f"grad {name}", got, want, base, factor=3, atol=2e-6)
-        else:
-            # da is rounded to the operand dtype once (recompute), the kept exponential before it once more (resident)
-            assert _relative(got, want) < (4e-3 if mode == "recompute" else 8e-3) + _relative(base, want), name
+        if shape[2] == 1:  # one column: the truth is 0
+            assert got.abs().max() < 1e-6
+            continue
+        limit = 5e-7 if dtype == torch.float32 else 4e-3
+        # Plain float32 PyTorch misses 5e-7 on some of these shapes: there, twice its error.
+        assert _relative(got, want) <= max(limit, 2 * _relative(base, want)), name
 
 
 @served
@@ -109,8 +110,9 @@ def test_every_combination_of_options(use_bias, options, dtype):
         truth, exact, _ = _run(linear_logprob_reference, [t.double() for t in tensors], labels, upstream, outputs, **options)
         for name in outputs:
             torch.testing.assert_close(ours[name].double(), truth[name], rtol=0, atol=2e-5)
-        for got, want in zip(gradients, exact, strict=True):
-            assert _relative(got, want) < (2e-6 if dtype == torch.float32 else 1e-2)
+        _, baseline, _ = _run(linear_logprob_reference, tensors, labels, upstream, outputs, **options)
+        for got, want, base in zip(gradients, exact, baseline, strict=True):
+            assert _relative(got, want) <= max(5e-7 if dtype == torch.float32 else 4e-3, 2 * _relative(base, want))
 
 
 @served
@@ -118,9 +120,9 @@ def test_every_combination_of_options(use_bias, options, dtype):
 @pytest.mark.parametrize("softcap", [None, 6.0])
 def test_frozen_head(dtype, softcap, monkeypatch):
     """The direction accumulated over several vocabulary chunks, with rows whose later chunks dwarf the earlier ones."""
-    from llmcore.kernels import linear_logprob_triton
+    from llmcore.kernels import linear_logprob_configs
 
-    monkeypatch.setattr(linear_logprob_triton, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(linear_logprob_configs, "CHUNK_BYTES", 1)
     hidden, weight, _, labels, upstream = _inputs(11, 40, 1200, dtype)
     weight[1100:] *= 8
     gradients = []
@@ -128,7 +130,7 @@ def test_frozen_head(dtype, softcap, monkeypatch):
         leaf = hidden.to(cast).requires_grad_()
         result = function(leaf, weight.to(cast), labels, softcap=softcap, **backend)
         gradients.append(torch.autograd.grad((result.logp * upstream[0]).sum(), leaf)[0])
-    assert _relative(*gradients) < (2e-6 if dtype == torch.float32 else 8e-3)
+    assert _relative(*gradients) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
 @served
@@ -161,10 +163,11 @@ def test_a_row_does_not_see_its_neighbours(dtype):
 
 
 @served
-def test_two_vocabulary_shards_equal_one():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_vocabulary_shards_equal_one(dtype):
     from llmcore.kernels import linear_logprob_triton
 
-    hidden, weight, bias, labels, upstream = _inputs(7, 40, 777, torch.float32)
+    hidden, weight, bias, labels, upstream = _inputs(7, 40, 777, dtype)
     rows, labels = torch.arange(7, device=DEVICE), labels.clamp_min(0)
     want = core.ENTROPY | core.SUM_SQ | core.MEAN | core.ARGMAX
     coefs = upstream[0], upstream[0], None
@@ -184,19 +187,20 @@ def test_two_vocabulary_shards_equal_one():
     assert torch.equal(torch.where(left.row_max >= right.row_max, left.argmax, right.argmax), whole.argmax)
     parts = [linear_logprob_triton.backward(shard(*span), whole.lse, whole.target, *coefs) for span in ((0, 300), (300, 777), (0, 777))]
     torch.testing.assert_close(parts[0].hidden + parts[1].hidden, parts[2].hidden, rtol=0, atol=2e-6)
-    torch.testing.assert_close(torch.cat([parts[0].weight, parts[1].weight]), parts[2].weight, rtol=0, atol=1e-7)
-    torch.testing.assert_close(torch.cat([parts[0].bias, parts[1].bias]), parts[2].bias, rtol=0, atol=1e-7)
+    ulp = 1e-7 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(torch.cat([parts[0].weight, parts[1].weight]), parts[2].weight, rtol=0, atol=ulp)
+    torch.testing.assert_close(torch.cat([parts[0].bias, parts[1].bias]), parts[2].bias, rtol=0, atol=ulp)
 
 
 @served
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_and_a_partial_budget_change_nothing(dtype, monkeypatch):
-    from llmcore.kernels import linear_logprob_triton
+    from llmcore.kernels import linear_logprob_configs, linear_logprob_triton
 
     *tensors, labels, upstream = _inputs(20, 40, 1200, dtype)
     arguments = (fused_linear_logprob, tensors, labels, upstream, ("logp",))
     _, once, _ = _run(*arguments, mode="recompute", backend="triton")
-    monkeypatch.setattr(linear_logprob_triton, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(linear_logprob_configs, "CHUNK_BYTES", 1)
     _, chunked, _ = _run(*arguments, mode="recompute", backend="triton")
     for a, b in zip(once, chunked, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-3)
@@ -204,7 +208,7 @@ def test_chunks_and_a_partial_budget_change_nothing(dtype, monkeypatch):
     _, mixed, result = _run(*arguments, mode="resident", memory_budget=kept, backend="triton")
     assert result.stats.mode == "mixed"
     for a, b in zip(once, mixed, strict=True):
-        assert _relative(a, b) < (2e-6 if dtype == torch.float32 else 8e-3)
+        assert _relative(a, b) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
 @served
@@ -280,3 +284,106 @@ def test_float64_is_refused_by_name():
     hidden, weight, _, labels, _ = _inputs(3, 8, 20, torch.float64)
     with pytest.raises(RuntimeError, match=r"triton.*float64"):
         fused_linear_logprob(hidden, weight, labels, backend="triton")
+
+
+@served
+def test_operands_of_two_16_bit_types_are_refused_by_name():
+    hidden, weight, _, labels, _ = _inputs(3, 8, 20, torch.float16)
+    with pytest.raises(RuntimeError, match=r"triton.*bfloat16"):
+        fused_linear_logprob(hidden, weight.bfloat16(), labels, backend="triton")
+
+
+@served
+def test_softcap_within_two_ulps_from_the_smallest_to_the_largest_logit():
+    from llmcore.kernels.linear_logprob_triton import forward
+
+    a = torch.cat([torch.logspace(-30, 4, 300), -torch.logspace(-6, 3, 100)]).to(DEVICE)
+    rows = torch.arange(len(a), device=DEVICE)
+    head = core.Head(a[:, None], rows, torch.ones(1, 1, device=DEVICE), None, torch.zeros_like(rows), 0, 1.0, 7.0, 1.0)
+    truth = 7.0 * torch.tanh(a.double() / 7.0)
+    assert ((forward(head, 0).target.double() - truth) / truth).abs().max() < 2 * 2.0**-23
+
+
+@served
+@pytest.mark.parametrize(("dtype", "mode"), [(torch.bfloat16, "recompute"), (torch.float16, "resident"), (torch.float32, "resident")])
+def test_gradient_filter(dtype, mode):
+    """The filter skips work, and what it drops from any row stays within the bound."""
+    hidden, weight, bias, labels, upstream = _inputs(12, 32, 4000, dtype, spread=1.6)
+    tensors, rest = (hidden, weight, bias), (labels, upstream, ("logp",))
+    _, exact, full = _run(fused_linear_logprob, tensors, *rest, mode=mode, backend="triton")
+    _, grads, result = _run(fused_linear_logprob, tensors, *rest, mode=mode, grad_filter=1e-3, backend="triton")
+    stats = result.stats
+    assert stats.kept_tile_fraction < 0.9
+    assert 0 < stats.dropped_mass <= 1e-3
+    before = 1.0 if mode == "recompute" else 0.0
+    assert full.stats.gemm_units == pytest.approx(3.0 + before)
+    assert stats.gemm_units == pytest.approx(1.0 + (2.0 + before) * stats.kept_tile_fraction)
+    for got, want in zip(grads, exact, strict=True):
+        assert 0 < (got.double() - want.double()).norm() <= 5e-3 * want.double().norm()
+
+
+# ---- the other rows that the configuration table can hold -------------------------------------------------------------
+
+
+@pytest.fixture
+def use(monkeypatch):
+    from llmcore.kernels import linear_logprob_configs as configs
+
+    def replace(step, config):
+        for key in [key for key in configs.CONFIGS if key[0] == step and (key[1] == "half" or config.schedule != "persistent")]:
+            monkeypatch.setitem(configs.CONFIGS, key, config)
+
+    return replace
+
+
+@served
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_persistent_forward_with_descriptors(dtype, use, error_rule):
+    """Bit for bit the same row alone and in a batch; values and kept rows as good as the grid's, on a vocabulary no tile divides."""
+    from llmcore.kernels import linear_logprob_configs as configs
+
+    *tensors, labels, upstream = _inputs(70, 40, 1003, dtype)
+    options = {"softcap": 20.0, "temperature": 0.7}
+    truth, exact, _ = _run(linear_logprob_reference, [t.double() for t in tensors], labels, upstream, OUTPUTS, **options)
+    plain, baseline, _ = _run(linear_logprob_reference, tensors, labels, upstream, OUTPUTS, **options)
+    use("forward", configs.CANDIDATES["forward", "half", "sm_90"][0])
+    ours, gradients, _ = _run(fused_linear_logprob, tensors, labels, upstream, OUTPUTS, mode="resident", backend="triton", **options)
+    for name in OUTPUTS:
+        error_rule(name, ours[name], truth[name], plain[name], atol=2e-6)
+    for got, want, base in zip(gradients, exact, baseline, strict=True):
+        assert _relative(got, want) <= max(4e-3, 2 * _relative(base, want))
+    together = fused_linear_logprob(tensors[0], tensors[1], labels, backend="triton").logp
+    alone = fused_linear_logprob(tensors[0][5:6], tensors[1], labels[5:6], backend="triton").logp
+    assert torch.equal(alone, together[5:6])
+    frozen = tensors[0].clone().requires_grad_()
+    (direction,) = torch.autograd.grad(fused_linear_logprob(frozen, tensors[1], labels, backend="triton").logp.sum(), frozen)
+    wide = tensors[0].double().requires_grad_()
+    (expected,) = torch.autograd.grad(linear_logprob_reference(wide, tensors[1].double(), labels).logp.sum(), wide)
+    assert _relative(direction, expected) < 4e-3
+
+
+@served
+def test_a_weight_that_no_descriptor_addresses_takes_the_grid(use):
+    from llmcore.kernels import linear_logprob_configs as configs
+
+    hidden, weight, _, labels, _ = _inputs(5, 33, 300, torch.bfloat16)
+    before = fused_linear_logprob(hidden, weight, labels, backend="triton").logp
+    use("forward", configs.CANDIDATES["forward", "half", "sm_90"][0])
+    assert torch.equal(fused_linear_logprob(hidden, weight, labels, backend="triton").logp, before)
+
+
+@served
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["recompute", "resident"])
+def test_backward_over_the_vendors_products(dtype, mode, use):
+    from llmcore.kernels import linear_logprob_configs as configs
+
+    *tensors, labels, upstream = _inputs(37, 40, 1203, dtype)
+    outputs, options = ("logp", "entropy"), {"softcap": 20.0, "temperature": 0.7, "logit_scale": 1.3}
+    _, exact, _ = _run(linear_logprob_reference, [t.double() for t in tensors], labels, upstream, outputs, **options)
+    _, baseline, _ = _run(linear_logprob_reference, tensors, labels, upstream, outputs, **options)
+    use("backward", configs.PRODUCT)
+    budget = {} if mode == "recompute" else {"memory_budget": 1 << 25}
+    _, gradients, _ = _run(fused_linear_logprob, tensors, labels, upstream, outputs, mode=mode, backend="triton", **budget, **options)
+    for got, want, base in zip(gradients, exact, baseline, strict=True):
+        assert _relative(got, want) <= max(5e-7 if dtype == torch.float32 else 4e-3, 2 * _relative(base, want))

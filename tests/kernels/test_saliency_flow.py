@@ -370,6 +370,14 @@ def test_flash_and_blocked_attention_agree():
         torch.testing.assert_close(ours[1], blocked[1], rtol=2e-5, atol=2e-6, msg=mask)
 
 
+def test_attention_over_nothing_does_not_end_the_process():
+    for rows, cols in ((0, 4), (4, 0), (0, 0)):
+        output, lse = attention_with_lse(torch.ones(1, 2, rows, 8), torch.ones(1, 1, cols, 8), torch.ones(1, 1, cols, 8))
+        assert output.shape == (1, 2, rows, 8)
+        assert not output.any()
+        assert (lse == -torch.inf).all()
+
+
 def test_operator_contract():
     (query, key, value, grad), rows, _, _ = _inputs(10, 1, 4, 2, 20, 20, 8, 8, {})
     _, lse = attention_with_lse(query, key, value)

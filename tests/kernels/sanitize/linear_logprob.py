@@ -2,10 +2,11 @@
 one and two vocabulary chunks. Run with triton-sanitizer; nothing is computed."""
 
 import torch
+from llmcore.kernels import linear_logprob_configs as configs
 from llmcore.kernels import linear_logprob_triton as kernels
 from llmcore.kernels.linear_logprob_core import ARGMAX, ENTROPY, MEAN, SUM_SQ, Head
 
-kernels.CHUNK_BYTES = 1  # the smallest chunk, so that ragged last chunks occur
+configs.CHUNK_BYTES = 1  # the smallest chunk, so that ragged last chunks occur
 
 
 def sweep(dtype: torch.dtype, num_rows: int, vocab_size: int, hidden_size: int, options: bool) -> None:
@@ -40,3 +41,8 @@ def sweep(dtype: torch.dtype, num_rows: int, vocab_size: int, hidden_size: int, 
 sweep(torch.bfloat16, 11, 613, 45, True)
 sweep(torch.float16, 1, 1, 64, False)
 sweep(torch.float32, 11, 613, 45, True)
+
+# The backward over the vendor GEMM's products.
+for width in ("half", "full"):
+    configs.CONFIGS["backward", width, "sm_90"] = configs.PRODUCT
+sweep(torch.bfloat16, 11, 613, 45, True)

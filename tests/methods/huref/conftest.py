@@ -61,8 +61,8 @@ def copies(base, tail, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def four_bit(base, tmp_path_factory):
-    """(matrices, embedding) -> GGUF file of the embedded model in these types, with llama's names and row order, written by gguf."""
+def four_bit(tail, tmp_path_factory):
+    """(matrices, embedding) -> GGUF file of the model's tail in these types, with llama's names and row order, written by gguf."""
     gguf = pytest.importorskip("gguf")
     folder, made = tmp_path_factory.mktemp("gguf"), {}
 
@@ -70,7 +70,7 @@ def four_bit(base, tmp_path_factory):
         key = f"{matrices}-{embedding}"
         if key not in made:
             kinds = [gguf.GGMLQuantizationType[k] for k in (matrices, embedding)]
-            made[key] = _write_gguf(gguf, base, folder / f"{key}.gguf", *kinds)
+            made[key] = _write_gguf(gguf, tail, folder / f"{key}.gguf", *kinds)
         return made[key]
 
     return get
