@@ -39,8 +39,8 @@ class Config:
     schedule: str = "grid"
 
 
-def _tile(*sizes: int, schedule: str = "tile") -> Config:
-    return Config(*sizes, schedule=schedule)
+def _tile(block_m: int, block_v: int, block_k: int, num_warps: int, num_stages: int, schedule: str = "tile") -> Config:
+    return Config(block_m, block_v, block_k, num_warps, num_stages, schedule=schedule)
 
 
 # Every option of the forward shares one tile, or the options would change the last bits of a row.

@@ -28,7 +28,7 @@ class Side(NamedTuple):
     segment: Tensor  # (B, N) int32, their segments; S for those left out
     begin: Tensor  # (B, S + 1) int64, where each segment begins in `order`
     start: Tensor  # (B, T) int32, where a tile begins in `order`
-    count: Tensor  # (B, T) int32, its tokens
+    length: Tensor  # (B, T) int32, its tokens
     first: Tensor  # (B, T) int64, segment of its first token
     last: Tensor  # (B, T) int64, segment of its last token
     tile_begin: Tensor  # (B, S) int64
@@ -135,7 +135,7 @@ def row_spans(
 
     begin = find(last_key, low_min)
     end = torch.maximum(find(first_key, high_max), begin)
-    wanted = (rows.count > 0)[..., None]
+    wanted = (rows.length > 0)[..., None]
     if rows.cut:
         wanted = wanted & pairs[rows.first.clamp(max=pairs.shape[0] - 1)]
     end = torch.where(wanted, end, begin)
@@ -169,7 +169,7 @@ def tile_pairs(rows: Side, columns: Side, low: Tensor, high: Tensor, pairs: Tens
     row_last, row_first = (rows.last + 1)[:, :, None], rows.first[:, :, None]
     col_last, col_first = (columns.last + 1)[:, None], columns.first[:, None]
     wanted = area[row_last, col_last] - area[row_first, col_last] - area[row_last, col_first] + area[row_first, col_first]
-    occupied = (rows.count > 0)[:, :, None] & (columns.count > 0)[:, None]
+    occupied = (rows.length > 0)[:, :, None] & (columns.length > 0)[:, None]
     return _records(meet & occupied & (wanted > 0))
 
 
@@ -194,5 +194,5 @@ def column_spans(rows: Side, columns: Side, low: Tensor, high: Tensor, pairs: Te
     end = torch.maximum(find(floor, last_column), begin)
     along = torch.nn.functional.pad(pairs.long().cumsum(1), (1, 0))  # (R, C + 1)
     wanted = (along[:, columns.last + 1] - along[:, columns.first]).permute(1, 2, 0) > 0
-    end = torch.where(wanted & (columns.count > 0)[..., None], end, begin)
+    end = torch.where(wanted & (columns.length > 0)[..., None], end, begin)
     return _records(begin, end)

@@ -569,7 +569,7 @@ def forward(
         slots = n if apart else rows.tiles
         partial = (torch.zeros if apart else torch.empty)(len(kinds), batch, heads, slots, segments, dtype=torch.float32, device=device)
         _spans_kernel[(rows.tiles * segments, heads, batch)](
-            *tensors, rows.order, rows.segment, rows.start, rows.count, columns.order, columns.start, columns.count,
+            *tensors, rows.order, rows.segment, rows.start, rows.length, columns.order, columns.start, columns.length,
             plan.row_spans(rows, columns, low, high, diagonal, wanted, m, bucket != "chunked"), pairs, partial, matrix,
             n, m, group, rows.tiles, columns.tiles, segments, batch * heads * slots * segments, *strides, *numbers,
             **planes, ROWS=apart, STORE=bool(outputs & MATRIX), **common,
@@ -587,8 +587,8 @@ def forward(
         separate = not over_heads and by_row
         parts = zeros(separate, 1, batch, heads, n, column_slots)
         _pieces_kernel[(rows.tiles * columns.tiles, inner, batch)](
-            *tensors, rows.order, rows.segment, rows.start, rows.count, rows.first.int(), (rows.last + 1).int(),
-            columns.order, columns.segment, columns.start, columns.count, columns.first.int(), (columns.last + 1).int(),
+            *tensors, rows.order, rows.segment, rows.start, rows.length, rows.first.int(), (rows.last + 1).int(),
+            columns.order, columns.segment, columns.start, columns.length, columns.first.int(), (columns.last + 1).int(),
             plan.tile_pairs(rows, columns, low, high, wanted, m), pairs, partial, parts, matrix,
             n, m, heads, heads if over_heads else 1, group, rows.tiles, columns.tiles, row_segments, segments, partial.stride(0),
             *strides, *numbers,
@@ -608,7 +608,7 @@ def forward(
         if not rows.cut:
             rows = plan.row_side(row_segment, low, high, wanted, by_gradient, config.block_m, True)
         _columns_kernel[(columns.tiles * row_segments, heads, batch)](
-            *tensors, rows.order, rows.start, rows.count, columns.order, columns.segment, columns.start, columns.count,
+            *tensors, rows.order, rows.start, rows.length, columns.order, columns.segment, columns.start, columns.length,
             plan.column_spans(rows, columns, low, high, wanted, m), pairs, column_bins,
             n, m, group, rows.tiles, columns.tiles, row_segments, segments, *strides, *numbers, **common,
         )  # fmt: skip

@@ -341,7 +341,7 @@ def test_tile_lists_cover_each_visible_wanted_pair_once(seed):
     see &= (rows >= 0)[..., None] & (columns >= 0)[:, None] & pairs[rows.clamp(min=0)[..., None], columns.clamp(min=0)[:, None]]
 
     def tokens(side, b, tile):
-        start, count = int(side.start[b, tile]), int(side.count[b, tile])
+        start, count = int(side.start[b, tile]), int(side.length[b, tile])
         return side.order[b, start : start + count].long()
 
     def records(work):
