@@ -16,7 +16,18 @@ def scratch_bytes(num_rows: int, hidden_size: int, vocab_size: int, half: bool) 
     threads = torch.get_num_threads()
     shared = VOCAB_BLOCK * hidden_size * (2 if half else 1) + min(_WAVE, num_rows) * (VOCAB_BLOCK + 16)
     private = threads * (_ROWS * (hidden_size + 32) + 32 * hidden_size + max(VOCAB_BLOCK, _WAVE) * _CHUNK)
-    return 4 * (shared + private + (num_rows * hidden_size if half else 0)) + 160 * num_rows
+    widened = 4 * (shared + private + (num_rows * hidden_size if half else 0)) + 160 * num_rows
+    return max(widened, _bfloat16_scratch_bytes(num_rows, hidden_size, vocab_size, threads)) if half else widened
+
+
+def _bfloat16_scratch_bytes(num_rows: int, hidden_size: int, vocab_size: int, threads: int) -> int:
+    """The same for the bfloat16 kernel: two packed copies of the hidden rows, the hidden gradient in float32 twice (it is formed in place when
+    rows and columns fill their panels), a transposed weight block, one vocabulary block of da, per-thread tiles, partial sums, the bias."""
+    panels = -(-num_rows // 32)
+    rows, width = 32 * panels, -(-hidden_size // 32) * 32
+    shared = 12 * rows * width + 2 * (VOCAB_BLOCK + 32) * width + 2 * VOCAB_BLOCK * (rows + 32) + 4 * vocab_size
+    private = threads * 4 * (VOCAB_BLOCK * 48 + 48 * width + 2048) + 1280 * (5 * panels + 64 + 8 * threads)
+    return shared + private + 160 * num_rows
 
 
 def _operands(head: Head) -> tuple:

@@ -10,17 +10,8 @@
 //
 // A hand-written register tile was chosen over the vendor's GEMM per tile: the vendor's result for a row depends on how many rows share the call
 // (the two were not timed against each other).
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -35,25 +26,20 @@
 #endif
 
 #include "common/cpu_features.h"
+#include "cpu/linear_logprob_bf16.h"
+#include "cpu/linear_logprob_common.h"
 
 namespace llmcore::linear_logprob {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum Want : int { kEntropy = 1, kSumSq = 2, kMean = 4, kArgmax = 8 };  // as in linear_logprob_core.py
 enum class Storage : int { kReal, kBFloat16, kHalf };
 
-constexpr int64_t kBlock = 512;      // vocabulary columns of a wave; one offset of the resident exponentials
 constexpr int64_t kWave = 512;       // rows of a wave
 constexpr int64_t kRows = 96;        // rows of one phase-1 task, a multiple of every register tile's rows
 constexpr int64_t kPad = 16;         // keeps rows of a tile off each other's cache sets
 constexpr int64_t kLd = kBlock + kPad;
-
-struct Transform {
-  double logit_scale, softcap, temperature;
-  bool identity;
-};
 
 struct RowSums {
   double max = 0, sum = 0, shifted = 0, sum_sq = 0, sum_z = 0;
@@ -337,28 +323,6 @@ const Tile<float>& tile<float>() {
 #endif
   return baseline::kTile;
 }
-
-// Tasks taken in turn by the pool's threads. A task's result must not depend on who runs it or when.
-template <typename F>
-void run_tasks(int64_t count, int64_t threads, const F& task) {
-  if (count <= 0) return;
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(count, threads), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t t = next.fetch_add(1); t < count; t = next.fetch_add(1)) task(t, worker);
-  });
-}
-
-template <typename T>
-struct Buffer {
-  explicit Buffer(int64_t count) : data_(count > 0 ? static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) : nullptr) {
-    STD_TORCH_CHECK(count <= 0 || data_ != nullptr, "linear_logprob: out of memory for ", count * sizeof(T), " bytes of scratch");
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  T* get() const { return data_; }
-  T* data_;
-};
 
 struct Operand {  // rows of a matrix with unit last stride
   const char* data = nullptr;
@@ -648,9 +612,64 @@ bool wide(const Tensor& hidden, const Tensor& weight) {
   return hidden.scalar_type() == ScalarType::Double || weight.scalar_type() == ScalarType::Double;
 }
 
+bool in_bfloat16(const Tensor& hidden, const Tensor& weight) {
+  return hidden.scalar_type() == ScalarType::BFloat16 && weight.scalar_type() == ScalarType::BFloat16 && bf16_available();
+}
+
+// Operands of the bfloat16 kernel; `bias` receives the float32 bias.
+Bf16Head bfloat16_head(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias_tensor, const Tensor& labels,
+                       int64_t vocab_start, double logit_scale, double softcap, double temperature, std::vector<float>& bias) {
+  const auto [m, d, v] = check(hidden, rows, weight, bias_tensor, labels);
+  if (bias_tensor) {
+    bias.resize(v);
+    baseline::convert_row(bias_tensor->data_ptr(), Operand(*bias_tensor, ScalarType::Float).storage, v, bias.data());
+  }
+  return {static_cast<const uint16_t*>(hidden.data_ptr()), hidden.stride(0), static_cast<const int64_t*>(rows.data_ptr()),
+          static_cast<const uint16_t*>(weight.data_ptr()), weight.stride(0), m, d, v, bias_tensor ? bias.data() : nullptr,
+          static_cast<const int64_t*>(labels.data_ptr()), vocab_start,
+          Transform{logit_scale, softcap, temperature, logit_scale == 1 && softcap == 0 && temperature == 1},
+          std::max<int64_t>(1, torch::stable::get_num_threads())};
+}
+
+void forward_bfloat16(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias_tensor, const Tensor& labels,
+                      int64_t vocab_start, double logit_scale, double softcap, double temperature, int64_t want, const Tensor& stats, const Tensor& argmax,
+                      const std::optional<Tensor>& resident, const std::optional<Tensor>& offsets, const std::optional<Tensor>& direction) {
+  std::vector<float> bias;
+  const Bf16Head head = bfloat16_head(hidden, rows, weight, bias_tensor, labels, vocab_start, logit_scale, softcap, temperature, bias);
+  STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Double && stats.is_contiguous() && stats.numel() == 6 * head.m,
+                  "linear_logprob: stats must be (6, M) float64");
+  STD_TORCH_CHECK(!resident || (offsets && resident->is_contiguous() && resident->scalar_type() == ScalarType::BFloat16 && resident->size(0) <= head.m),
+                  "linear_logprob: resident must be contiguous bfloat16 rows with offsets");
+  if (resident) prefer_large_pages(*resident);
+  bf16_forward(head, {static_cast<int>(want), static_cast<double*>(stats.data_ptr()), want & kArgmax ? static_cast<int64_t*>(argmax.data_ptr()) : nullptr,
+                      resident ? resident->size(0) : 0, optional_data<uint16_t>(resident), optional_data<float>(offsets), optional_data<float>(direction)});
+}
+
+void backward_bfloat16(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias_tensor, const Tensor& labels,
+                       int64_t vocab_start, double logit_scale, double softcap, double temperature, const Tensor& lse, const Tensor& target,
+                       const Tensor& target_coef, const Tensor& prob_coef, const std::optional<Tensor>& slope, const std::optional<Tensor>& resident,
+                       const std::optional<Tensor>& offsets, const std::optional<Tensor>& slots, const std::optional<Tensor>& grad_hidden,
+                       const std::optional<Tensor>& grad_weight, bool accumulate_weight, const std::optional<Tensor>& grad_bias) {
+  std::vector<float> bias;
+  const Bf16Head head = bfloat16_head(hidden, rows, weight, bias_tensor, labels, vocab_start, logit_scale, softcap, temperature, bias);
+  for (const Tensor* t : {&lse, &target, &target_coef, &prob_coef})
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == head.m, "linear_logprob: row vectors must be (M,) float32");
+  STD_TORCH_CHECK(!grad_weight || grad_weight->scalar_type() == ScalarType::BFloat16 || grad_weight->scalar_type() == ScalarType::Float,
+                  "linear_logprob: grad_weight must be bfloat16 or float32");
+  if (grad_weight && !accumulate_weight) prefer_large_pages(*grad_weight);
+  const auto column = [](const Tensor& t) { return static_cast<const float*>(t.data_ptr()); };
+  bf16_backward(head, {column(lse), column(target), column(target_coef), column(prob_coef), optional_data<float>(slope),
+                       resident && slots ? resident->size(0) : 0, optional_data<uint16_t>(resident), optional_data<float>(offsets),
+                       optional_data<int64_t>(slots), optional_data<float>(grad_hidden), grad_weight ? grad_weight->data_ptr() : nullptr,
+                       grad_weight ? grad_weight->stride(0) : 0, grad_weight && grad_weight->scalar_type() == ScalarType::Float, accumulate_weight,
+                       optional_data<float>(grad_bias)});
+}
+
 void linear_logprob_fwd(Tensor hidden, Tensor rows, Tensor weight, std::optional<Tensor> bias, Tensor labels, int64_t vocab_start, double logit_scale,
                         double softcap, double temperature, int64_t want, Tensor stats, Tensor argmax, std::optional<Tensor> resident,
                         std::optional<Tensor> offsets, std::optional<Tensor> direction) {
+  if (in_bfloat16(hidden, weight))
+    return forward_bfloat16(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, want, stats, argmax, resident, offsets, direction);
   auto run = wide(hidden, weight) ? forward<double> : forward<float>;
   run(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, want, stats, argmax, resident, offsets, direction);
 }
@@ -659,6 +678,9 @@ void linear_logprob_bwd(Tensor hidden, Tensor rows, Tensor weight, std::optional
                         double softcap, double temperature, Tensor lse, Tensor target, Tensor target_coef, Tensor prob_coef, std::optional<Tensor> slope,
                         std::optional<Tensor> resident, std::optional<Tensor> offsets, std::optional<Tensor> slots, std::optional<Tensor> grad_hidden,
                         std::optional<Tensor> grad_weight, bool accumulate_weight, std::optional<Tensor> grad_bias) {
+  if (in_bfloat16(hidden, weight))
+    return backward_bfloat16(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, lse, target, target_coef, prob_coef, slope,
+                             resident, offsets, slots, grad_hidden, grad_weight, accumulate_weight, grad_bias);
   auto run = wide(hidden, weight) ? backward<double> : backward<float>;
   run(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, lse, target, target_coef, prob_coef, slope, resident, offsets, slots,
       grad_hidden, grad_weight, accumulate_weight, grad_bias);
