@@ -21,8 +21,8 @@ def scratch_bytes(num_rows: int, hidden_size: int, vocab_size: int, half: bool) 
 
 
 def _bfloat16_scratch_bytes(num_rows: int, hidden_size: int, vocab_size: int, threads: int) -> int:
-    """The same for the bfloat16 kernel: two packed copies of the hidden rows, the hidden gradient in float32 twice (it is formed in place when
-    rows and columns fill their panels), a transposed weight block, one vocabulary block of da, per-thread tiles, partial sums, the bias."""
+    """The same for the bfloat16 kernel: two packed copies of the hidden rows, the hidden gradient in float32 twice (once when rows and
+    columns fill their panels), a transposed weight block, one vocabulary block of da, per-thread tiles, partial sums, the bias."""
     panels = -(-num_rows // 32)
     rows, width = 32 * panels, -(-hidden_size // 32) * 32
     shared = 12 * rows * width + 2 * (VOCAB_BLOCK + 32) * width + 2 * VOCAB_BLOCK * (rows + 32) + 4 * vocab_size

@@ -330,7 +330,8 @@ def test_gradient_over_1024_chunks_equals_one_chunk(backend):
     assert leaf.grad is None
     truth = _run(linear_logprob_reference, hidden.double(), weight.double(), labels)[1][1]
     assert (total - once).norm() <= 1e-6 * once.norm()
-    assert (total.double() - truth).norm() <= 1e-6 * truth.norm()
+    # The compiled kernel may round da to bfloat16 before its products, once per element whatever the chunk; the torch backend does not.
+    assert (total.double() - truth).norm() <= (4e-3 if backend == "cpp" else 1e-6) * truth.norm()
     assert (whole[1].double() - truth).norm() <= 4e-3 * truth.norm()
 
 
