@@ -3,9 +3,9 @@
     python -m pytest bench/bench_linear_logprob.py -s                 the default shape (about a minute)
     python bench/bench_linear_logprob.py [--shapes half,all,qwen] [--dtypes float32,bfloat16] [--rounds 7] [--only llmcore,cce] [--save]
 
-FLOP of one GEMM unit: 2·N·D·V with N scored rows; floor of the full step = 3 units at the rate the library's own float32 product reaches
-on this
-machine at this shape, measured in the same rounds. Peak memory counts the two gradients; "scratch" subtracts them.
+FLOP of one GEMM unit: 2·N·D·V with N scored rows; floor of the full step = 3 units at the rate the library's own product
+of the same dtype reaches on this machine at this shape, into memory that is there already, measured in the same rounds. Peak memory counts
+the two gradients; "scratch" subtracts them. --save keeps one result file a shape.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def measure(problem: peers.Problem, *, rounds: int, only: list[str] | None, memo
             del candidates[name], table[name]
     del truth
     n, d, v = problem.rows, problem.hidden_size, problem.vocab_size
-    gemms = {"gemm forward": harness.gemm_step(n, v, d, torch.float32), "gemm grad_hidden": harness.gemm_step(n, d, v, torch.float32),
-             "gemm grad_weight": harness.gemm_step(v, d, n, torch.float32)}  # fmt: skip
+    dtype = getattr(torch, problem.dtype)
+    gemms = {"gemm forward": harness.gemm_step(n, v, d, dtype), "gemm grad_hidden": harness.gemm_step(n, d, v, dtype),
+             "gemm grad_weight": harness.gemm_step(v, d, n, dtype)}  # fmt: skip
     times = harness.interleaved({**candidates, **gemms}, rounds=rounds)
     floor = sum(times[name]["median_ms"] for name in gemms)
     reference = [times[name]["median_ms"] for name in candidates if not name.startswith("llmcore")]
@@ -155,8 +156,8 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
-    tables = []
     for shape in options.shapes.split(","):
+        tables: list[dict[str, Any]] = []
         for dtype in options.dtypes.split(","):
             problem = peers.Problem(shape, **SHAPES[shape], dtype=dtype)
             tables.append(
@@ -167,7 +168,7 @@ def main() -> None:
             show(tables[-1])
             sys.stdout.flush()
             if options.save:  # each finished table is kept, whatever happens to the next
-                print(harness.save("linear_logprob", {"tables": tables}))
+                print(harness.save(f"linear_logprob_{shape}", {"tables": tables}))
 
 
 if __name__ == "__main__":

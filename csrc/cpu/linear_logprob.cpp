@@ -21,9 +21,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "common/cpu_features.h"
 #include "cpu/linear_logprob_bf16.h"
@@ -363,13 +360,12 @@ real* optional_data(const std::optional<Tensor>& t) {
   return t ? static_cast<real*>(t->data_ptr()) : nullptr;
 }
 
-// First touch of hundreds of megabytes: large pages save most of the page faults.
-void prefer_large_pages([[maybe_unused]] const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), bytes = t.numel() * t.element_size();
-  const uintptr_t aligned = (begin + 4095) & ~uintptr_t(4095);
-  if (bytes > (1u << 22)) madvise(reinterpret_cast<void*>(aligned), begin + bytes - aligned, MADV_HUGEPAGE);
-#endif
+// Fresh pages of [data, data + bytes) are faulted in by one thread each: threads that share a page would each fault and clear one.
+void touch_pages(char* data, int64_t bytes, int64_t threads) {
+  constexpr int64_t kPage = 4096, kShare = 64 * kPage;
+  run_tasks((bytes + kShare - 1) / kShare, threads, [&](int64_t t, int64_t) {
+    for (int64_t at = t * kShare; at < std::min(bytes, (t + 1) * kShare); at += kPage) data[at] = 0;
+  });
 }
 
 // What both directions share: operands, the packed weight block and the wave of logits.
@@ -452,7 +448,6 @@ void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, con
   float* offset = optional_data<float>(offsets);
   real* u = optional_data<real>(direction);
   if (u != nullptr) std::fill(u, u + m * d, real(0));
-  if (resident) prefer_large_pages(*resident);
   const int64_t chunk = w.threads <= 4 ? 128 : 64, chunks = (d + chunk - 1) / chunk;
   Buffer<real> weight_chunk(u != nullptr ? w.threads * kBlock * chunk : 0), weight_row(u != nullptr ? w.threads * d : 0);
 
@@ -543,7 +538,6 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
   // In the accumulation dtype the weight's gradient is summed in place, else in one block's buffer and rounded once.
   const bool in_place = needs_weight && weight_type == kType<real> && grad_weight->is_contiguous();
   const int64_t element = weight_type == ScalarType::Double ? 8 : weight_type == ScalarType::Float ? 4 : 2;
-  if (needs_weight && !accumulate_weight) prefer_large_pages(*grad_weight);
   Buffer<real> dw_block(needs_weight && !in_place ? kBlock * d : 0);
   const int64_t chunk = w.threads <= 4 ? 128 : 64, chunks = (d + chunk - 1) / chunk;
   Buffer<real> operand(w.threads * std::max(kBlock, kWave) * chunk), row_buffer(w.threads * chunk);
@@ -552,6 +546,8 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
 
   for (int64_t start = 0; start < v; start += kBlock) {
     w.begin_block(start, stored < m);
+    if (in_place && !accumulate_weight)
+      touch_pages(static_cast<char*>(grad_weight->data_ptr()) + start * d * sizeof(real), w.columns * d * sizeof(real), w.threads);
     for (int64_t wave = 0; wave < m; wave += kWave) {
       const int64_t end = std::min(m, wave + kWave);
       if (end > stored) w.project(wave, std::max(wave, stored), end);
@@ -640,7 +636,6 @@ void forward_bfloat16(const Tensor& hidden, const Tensor& rows, const Tensor& we
                   "linear_logprob: stats must be (6, M) float64");
   STD_TORCH_CHECK(!resident || (offsets && resident->is_contiguous() && resident->scalar_type() == ScalarType::BFloat16 && resident->size(0) <= head.m),
                   "linear_logprob: resident must be contiguous bfloat16 rows with offsets");
-  if (resident) prefer_large_pages(*resident);
   bf16_forward(head, {static_cast<int>(want), static_cast<double*>(stats.data_ptr()), want & kArgmax ? static_cast<int64_t*>(argmax.data_ptr()) : nullptr,
                       resident ? resident->size(0) : 0, optional_data<uint16_t>(resident), optional_data<float>(offsets), optional_data<float>(direction)});
 }
@@ -656,7 +651,6 @@ void backward_bfloat16(const Tensor& hidden, const Tensor& rows, const Tensor& w
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == head.m, "linear_logprob: row vectors must be (M,) float32");
   STD_TORCH_CHECK(!grad_weight || grad_weight->scalar_type() == ScalarType::BFloat16 || grad_weight->scalar_type() == ScalarType::Float,
                   "linear_logprob: grad_weight must be bfloat16 or float32");
-  if (grad_weight && !accumulate_weight) prefer_large_pages(*grad_weight);
   const auto column = [](const Tensor& t) { return static_cast<const float*>(t.data_ptr()); };
   bf16_backward(head, {column(lse), column(target), column(target_coef), column(prob_coef), optional_data<float>(slope),
                        resident && slots ? resident->size(0) : 0, optional_data<uint16_t>(resident), optional_data<float>(offsets),

@@ -673,15 +673,15 @@ void bf16_backward(const Bf16Head& h, const Bf16Backward& io) {
             high = _mm512_add_ps(high, unpack_high(old));
           }
           const __m512i rounded = pack_bf16(low, high);
-          if (width == 32 && !io.accumulate && reinterpret_cast<uintptr_t>(out) % 64 == 0) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), rounded);
-          else _mm512_mask_storeu_epi16(out, mask, rounded);
+          _mm512_mask_storeu_epi16(out, mask, rounded);
         }
       }
     }
     _mm_sfence();
   };
 
-  const int64_t part = std::min(d, round_up((d + 1) / 2, 32)), parts = (d + part - 1) / part;
+  // A task writes whole rows of dW: two threads on halves of a row would each fault in, and clear, the same fresh pages.
+  const int64_t part = 16 >= 2 * h.threads ? d : std::min(d, round_up((d + 1) / 2, 32)), parts = (d + part - 1) / part;
   for (int64_t start = 0; start < h.v; start += kBlock) {
     const int64_t count = std::min(kBlock, h.v - start), row_groups = (count + 31) / 32, next = start + kBlock;
     const int64_t next_groups = needs_hidden && next < h.v ? (std::min(kBlock, h.v - next) + 31) / 32 : 0;
