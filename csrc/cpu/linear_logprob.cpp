@@ -5,7 +5,8 @@
 //   2  row by row: bias, scale, cap, temperature, online statistics / gradient of the logits in place
 //   3  dH += dZ W, dW = dZᵀ H          over chunks of hidden columns
 // Every sum is formed in an order fixed by the shapes alone (vocabulary blocks in order, rows in order), by one thread, without atomics: results are the same bits
-// for any number of threads, and a row's statistics for any batch around it. 16-bit operands are widened as they are packed; products, logits and sums
+// for any number of threads, and a row's statistics for any batch around it. 16-bit operands are widened as they are packed (bfloat16 on a CPU with
+// dot products of it goes to linear_logprob_bf16.cpp); products, logits and sums
 // are float32 (float64 operands: float64), running sums over the vocabulary are float64. Scratch does not grow with the vocabulary.
 //
 // A hand-written register tile was chosen over the vendor's GEMM per tile: the vendor's result for a row depends on how many rows share the call

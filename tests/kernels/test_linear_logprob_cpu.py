@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from llmcore.kernels import backends
 
 pytestmark = pytest.mark.skipif(backends.extension_error() is not None, reason="the compiled operators are not built")
@@ -43,5 +42,6 @@ print("ok")
 @pytest.mark.parametrize("level", ["avx2", "avx512", "avx512_bf16", "amx"])  # a level that the CPU lacks falls to the highest it has
 def test_each_instruction_set_agrees_with_float64(level):
     root = Path(__file__).resolve().parents[2]
-    run = subprocess.run([sys.executable, "-c", CODE], cwd=root, env={**os.environ, "LLMCORE_CPU_ISA": level}, capture_output=True, text=True)
+    environment = {**os.environ, "LLMCORE_CPU_ISA": level}
+    run = subprocess.run([sys.executable, "-c", CODE], cwd=root, env=environment, capture_output=True, text=True)
     assert run.stdout.strip() == "ok", run.stderr
