@@ -677,11 +677,10 @@ void bf16_backward(const Bf16Head& h, const Bf16Backward& io) {
         }
       }
     }
-    _mm_sfence();
   };
 
   // A task writes whole rows of dW: two threads on halves of a row would each fault in, and clear, the same fresh pages.
-  const int64_t part = 16 >= 2 * h.threads ? d : std::min(d, round_up((d + 1) / 2, 32)), parts = (d + part - 1) / part;
+  const int64_t part = kBlock / 32 >= 2 * h.threads ? d : std::min(d, round_up((d + 1) / 2, 32)), parts = (d + part - 1) / part;
   for (int64_t start = 0; start < h.v; start += kBlock) {
     const int64_t count = std::min(kBlock, h.v - start), row_groups = (count + 31) / 32, next = start + kBlock;
     const int64_t next_groups = needs_hidden && next < h.v ? (std::min(kBlock, h.v - next) + 31) / 32 : 0;
