@@ -1,6 +1,7 @@
 """Registers, spills and shared memory of every Triton configuration, compiled ahead of time: no device takes part.
 
-    python bench/bench_aot.py       compile what `make test` compiles, write bench/results/aot/aot.json; exit status as llmcore.kernels.aot
+    python bench/bench_aot.py       compile every case of every family (`make test` compiles the everyday ones), write
+                                    bench/results/aot/aot.json; exit status as llmcore.kernels.aot
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ _OFF = {
     "bias": None, "slope": None, "scale": None,
 }  # fmt: skip
 _SPILLS = {
-    ("linear_logprob.dlogits.bf16.all_options", "sm_100"): "four registers a thread with every option at once, outside the contraction",
+    (f"linear_logprob.dlogits.{short}.all_options", "sm_100"): "four registers a thread with every option at once, outside the contraction"
+    for short in ("bf16", "fp16")
 }
 _ON = {"HAS_BIAS": True, "HAS_CAP": True, "HAS_SLOPE": True, "HAS_SCALE": True, "NEED_BIAS": True}
 
@@ -52,8 +53,8 @@ def _argument_types(short: str, kept: str) -> dict[str, str]:
 
 
 def aot_cases() -> list[AotCase]:
-    """What is launched, and every candidate of the configuration table: both GEMM kernels for 16-bit and float32 operands, bare and with
-    every option, and the small kernels."""
+    """What is launched, and every candidate of the configuration table: both GEMM kernels for each operand type, bare and with every
+    option, and the small kernels."""
     return [case for target in configs.TARGETS for case in _cases_of(target)]
 
 
@@ -68,13 +69,17 @@ def _cases_of(target: str) -> list[AotCase]:
         cases.append(
             AotCase(
                 name, kernel, signature, constants, config.num_warps, config.num_stages, divisible=divisible, targets=(target,),
-                spills_allowed={} if reason is None else {target: reason},
+                spills_allowed={} if reason is None else {target: reason}, everyday=".fp16" not in name,
             )
         )  # fmt: skip
 
-    for short, half in (("bf16", True), ("fp32", False)):
+    for short, compute in (("bf16", tl.bfloat16), ("fp16", tl.float16), ("fp32", tl.float32)):
+        half = compute != tl.float32
         types = _argument_types(short, "fp16" if half else "fp32")
-        common = {"HIDDEN": 4096, "COMPUTE": tl.bfloat16 if half else tl.float32, "PRECISION": "tf32" if half else "ieee"}
+        common = {"HIDDEN": 4096, "COMPUTE": compute, "PRECISION": "tf32" if half else "ieee"}
+        # float16 alone lifts its gradients by a power of two, in every variant.
+        lifted = {"HAS_SCALE": True} if compute == tl.float16 else {"HAS_SCALE": False, "scale": None}
+        off, on = {**_without(_OFF, "scale"), **lifted}, {**_ON, **lifted}
         keep = {"KEEP": 2} if half else {"KEEP": 1, "offsets": None}
         with_options = {**_without(_BARE, "bias"), "HAS_BIAS": True, "HAS_CAP": True}
         variants = {
@@ -100,10 +105,10 @@ def _cases_of(target: str) -> list[AotCase]:
         stored = {"SOURCE": 2} if half else {"SOURCE": 1, "offsets": None}
         recomputed = configs.config("backward", half, target)
         for variant, tile, source, kept in (
-            ("plain", recomputed, {**recompute, **_OFF}, {}),
-            ("all_options", recomputed, {**recompute, **_ON}, {}),
-            ("resident", configs.RESIDENT, {**stored, **_ON}, {}),
-            ("vendor", configs.PRODUCT, {**product, **_ON}, {"kept": "*fp32"}),
+            ("plain", recomputed, {**recompute, **off}, {}),
+            ("all_options", recomputed, {**recompute, **on}, {}),
+            ("resident", configs.RESIDENT, {**stored, **on}, {}),
+            ("vendor", configs.PRODUCT, {**product, **on}, {"kept": "*fp32"}),
         ):
             sizes = {"BLOCK_M": tile.block_m, "BLOCK_V": tile.block_v, "BLOCK_K": tile.block_k}
             case(f"dlogits.{short}.{variant}", _dlogits_kernel, types | kept, {**common, **sizes, **source}, tile)
