@@ -26,7 +26,11 @@ def markdown(content: dict[str, Any]) -> str:
         cells.setdefault(row["name"], {})[row["target"]] = f"{row['registers']} / {spill} / {row['shared_bytes']}"
     head = f"| kernel | {' | '.join(targets)} |\n|---|{'---:|' * len(targets)}\n"
     body = "\n".join(f"| `{name}` | {' | '.join(found.get(t, '') for t in targets)} |" for name, found in cells.items())
-    reasons = [f"`{r['name']}` on {r['target']}: {r['reason']}." for r in content["rows"] if r["spill_bytes"]]
+    spilling: dict[str, list[str]] = {}
+    for row in content["rows"]:
+        if row["spill_bytes"]:
+            spilling.setdefault(row["reason"], []).append(f"`{row['name']}` on {row['target']}")
+    reasons = [f"{', '.join(names)}: {reason}." for reason, names in spilling.items()]
     limits = ", ".join(f"{name} {limit}" for name, limit in content["targets"].items())
     return f"{head}{body}\n\nShared memory of one block is limited to (bytes): {limits}.\n\nSpills: {' '.join(reasons) or 'none.'}"
 
