@@ -7,6 +7,7 @@ A paired loss gives `_terms` (value and the two coefficients of each pair); `Pai
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,14 +48,20 @@ class LossOutput:
 
     @property
     def rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rewards_chosen, rewards_rejected)."""
         return self.rewards_chosen, self.rewards_rejected
 
 
 class Pairs(NamedTuple):
-    """Detached inputs of one evaluation: the four log-probabilities, the two counts clamped to 1, and the log-ratios."""
+    """Detached inputs of one evaluation, each (P,): the four log-probabilities, the two counts clamped to 1, and the log-ratios.
+
+    Without a reference, or for a loss that takes none, rho_w = lw and rho_l = ll.
+    """
 
     lw: torch.Tensor
     ll: torch.Tensor
+    rw: torch.Tensor
+    rl: torch.Tensor
     nw: torch.Tensor
     nl: torch.Tensor
     rho_w: torch.Tensor
@@ -62,12 +69,17 @@ class Pairs(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """One evaluation: value and the two coefficients; `clamped` is a boolean per pair or None."""
+    """One evaluation: value and the two coefficients; `clamped` is a boolean per pair or None.
+
+    c_rw, c_rl: coefficients of rw and rl where they are not the opposite of the policy's, as they are wherever only log-ratios enter.
+    """
 
     value: torch.Tensor
     c_w: torch.Tensor
     c_l: torch.Tensor
     clamped: torch.Tensor | None = None
+    c_rw: torch.Tensor | None = None
+    c_rl: torch.Tensor | None = None
 
 
 class _Attach(torch.autograd.Function):
@@ -150,7 +162,7 @@ def _smoothed(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class PairLoss:
+class PairLoss(abc.ABC):
     """Base of every paired loss: subclasses give `_terms` (value and two coefficients); checking, normalising and autograd are here.
 
     Class facts that a fused kernel asks for:
@@ -174,6 +186,7 @@ class PairLoss:
 
     @property
     def margin_only(self) -> bool:
+        """Whether the value depends on lw - ll and rw - rl alone, so that equal completion prefixes cancel."""
         return False
 
     @property
@@ -183,6 +196,7 @@ class PairLoss:
 
     @property
     def reward_scale(self) -> float:
+        """Factor of the log-ratios in the logged rewards: beta, or 1 for a loss without one."""
         return getattr(self, "beta", 1.0)
 
     @property
@@ -190,34 +204,40 @@ class PairLoss:
         """sup |c_w| over all inputs, or None when it is unbounded."""
         return None
 
+    @abc.abstractmethod
     def _terms(self, p: Pairs) -> Terms:
-        raise NotImplementedError
-
-    def _evaluate(self, p: Pairs, rw: torch.Tensor, rl: torch.Tensor) -> tuple[Terms, torch.Tensor, torch.Tensor]:
-        """Terms and the coefficients of rw, rl: the opposite of the policy's wherever only log-ratios enter."""
-        terms = self._terms(p)
-        if self.needs_reference:
-            return terms, -terms.c_w, -terms.c_l
-        return terms, torch.zeros_like(terms.c_w), torch.zeros_like(terms.c_l)
+        """Value and the two coefficients of each pair, (P,) in the dtype of `p`."""
 
     def __call__(self, lw: torch.Tensor, ll: torch.Tensor, rw: torch.Tensor | None = None, rl: torch.Tensor | None = None,
                  nw: torch.Tensor | None = None, nl: torch.Tensor | None = None, *, weights: torch.Tensor | None = None,
                  nll_logp: torch.Tensor | None = None, nll_count: torch.Tensor | None = None,
                  num_pairs: int | None = None, num_tokens: int | torch.Tensor | None = None) -> LossOutput:
-        """Evaluate a batch of pairs.
+        """Evaluate a batch of pairs. Memory and time O(P).
 
         Args:
-            lw, ll: (P,) summed log-probabilities of the chosen and rejected completions under the policy.
+            lw, ll: (P,) summed log-probabilities in nats of the chosen and rejected completions under the policy, any float dtype; computed
+                in float32, or float64 when one of them is.
             rw, rl: (P,) the same under the reference; may be None for reference-free losses (rewards are then taken against 0).
-            nw, nl: (P,) numbers of scored tokens; needed by losses that average (0 counts as 1).
+            nw, nl: (P,) integer or float numbers of scored tokens; needed by losses that average (0 counts as 1).
             weights: (P,) detached factor on each pair's loss (WPO, see `wpo_weights`); the sum is divided by P, not by their sum.
             nll_logp, nll_count: (P,) log-probability and token count of the chosen sequences that the NLL term averages over, for
                 ORPO and CPO with `nll_over="all"`.
             num_pairs, num_tokens: normalisers when this is a part of a larger batch (a micro-batch, a rank, a block): the pairs and the
                 tokens of NLL terms in all of it. The losses of the parts then add up to the loss of the whole.
 
+        Returns:
+            LossOutput, its tensors in the dtype that was computed in; with P = 0 a zero loss that is still connected to the graph.
+
         Raises:
             ValueError: a shape does not match, or an input that this loss needs is missing. TypeError: not a tensor.
+            RuntimeError: a second derivative is asked for.
+
+        Example:
+            >>> lw, ll = torch.tensor([-10.0], requires_grad=True), torch.tensor([-12.0], requires_grad=True)
+            >>> out = DPO(beta=0.1)(lw, ll, torch.tensor([-11.0]), torch.tensor([-11.0]))
+            >>> out.loss.backward()
+            >>> round(out.loss.item(), 4), torch.equal(lw.grad, out.grad_w)
+            (0.5981, True)
         """
         lw, ll = _vector("lw", lw), _vector("ll", ll, lw)
         if self.needs_reference and (rw is None or rl is None):
@@ -234,10 +254,13 @@ class PairLoss:
         lw_, ll_, rw_, rl_, nw_, nl_ = (t.detach().to(work) for t in (lw, ll, rw, rl, nw, nl))
         nw_, nl_ = nw_.clamp(min=1), nl_.clamp(min=1)
         num_pairs = max(lw.numel() if num_pairs is None else num_pairs, 1)
-        pairs = Pairs(lw_, ll_, nw_, nl_, lw_ - rw_ if self.needs_reference else lw_, ll_ - rl_ if self.needs_reference else ll_)
-
-        terms, c_rw, c_rl = self._evaluate(pairs, rw_, rl_)
+        ratios = (lw_ - rw_, ll_ - rl_) if self.needs_reference else (lw_, ll_)
+        terms = self._terms(Pairs(lw_, ll_, rw_, rl_, nw_, nl_, *ratios))
         value, c_w, c_l = terms.value, terms.c_w, terms.c_l
+        if self.needs_reference:
+            c_rw, c_rl = (-c if given is None else given for c, given in ((c_w, terms.c_rw), (c_l, terms.c_rl)))
+        else:
+            c_rw, c_rl = torch.zeros_like(c_w), torch.zeros_like(c_l)
         nll_input, c_nll = None, None
         if self.nll_weight > 0:
             share, nll_input = self._nll_share(lw_, nw, nll_logp, nll_count, num_pairs, num_tokens, work)

@@ -13,7 +13,11 @@ class Combine:
     """A weighted sum of losses evaluated on one set of log-probabilities: values add, coefficients add.
 
     Each term keeps its own normaliser (pairs, or tokens for SFT): `coef_*` of the sum is P x d loss / d logp, so the gradient is coef / P.
-    Rewards are those of the first term. Example: Combine([(DPO(), 0.8), (BCO(), 0.2), (SFT(), 1.0)]).
+    Rewards are those of the first term. Called like a PairLoss, with the same arguments and results (per_pair (P,), loss ()).
+    Example, mixed preference optimisation (Wang et al. 2024): Combine([(DPO(), 0.8), (BCO(), 0.2), (SFT(), 1.0)]).
+
+    Raises:
+        ValueError: no term, a term that is no (PairLoss, weight), a negative or infinite weight, a loss twice.
     """
 
     unpaired = False

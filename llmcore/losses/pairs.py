@@ -10,6 +10,7 @@ that sort the batch, and the plain likelihood.
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -57,7 +58,7 @@ class _Margin(PairLoss):
     """Losses of x = beta (f'(e^rho_w) - f'(e^rho_l)), f' the identity for the reverse KL divergence.
 
     With another divergence only the difference matters: the prompt's normaliser cancels, so the substitution is legal exactly for losses
-    that depend on the margin alone. `alpha` is the order of the alpha-divergence.
+    that depend on the margin alone. `alpha` is the order of the alpha-divergence. Wang et al., "Beyond Reverse KL" (2023).
     """
 
     beta: float = 0.1
@@ -78,9 +79,9 @@ class _Margin(PairLoss):
     def margin_only(self) -> bool:
         return self.divergence == "reverse_kl" and not self.averaged
 
+    @abc.abstractmethod
     def _of_margin(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Value, derivative in the margin, clamped."""
-        raise NotImplementedError
 
     def _terms(self, p: Pairs) -> Terms:
         score_w, slope_w, clamped_w = _divergence_score(p.rho_w, self.divergence, self.alpha)
@@ -95,7 +96,10 @@ class _Margin(PairLoss):
 
 @dataclass(frozen=True)
 class DPO(_Margin):
-    """l(beta Delta); with label_smoothing eps > 0 the conservative (1-eps) l(beta Delta) + eps l(-beta Delta), named cdpo in metrics."""
+    """l(beta Delta); with label_smoothing eps > 0 the conservative (1-eps) l(beta Delta) + eps l(-beta Delta), named cdpo in metrics.
+
+    Rafailov et al., "Direct Preference Optimization" (2023); smoothing: Mitchell, "A note on DPO with noisy preferences" (2023).
+    """
 
     table_name: ClassVar[str] = "dpo"
     label_smoothing: float = 0.0
@@ -119,7 +123,10 @@ class DPO(_Margin):
 
 @dataclass(frozen=True)
 class Robust(_Margin):
-    """[(1-eps) l(beta Delta) - eps l(-beta Delta)] / (1-2 eps): unbiased when a label is flipped with probability eps < 1/2."""
+    """[(1-eps) l(beta Delta) - eps l(-beta Delta)] / (1-2 eps): unbiased when a label is flipped with probability eps < 1/2.
+
+    Chowdhury, Kini, Natarajan, "Provably Robust DPO" (2024).
+    """
 
     table_name: ClassVar[str] = "robust"
     label_smoothing: float = 0.1
@@ -140,7 +147,10 @@ class Robust(_Margin):
 
 @dataclass(frozen=True)
 class IPOSum(_Margin):
-    """(Delta - 1/(2 beta))^2 on whole sequences: a target margin of 1/(2 beta) nats per sequence."""
+    """(Delta - 1/(2 beta))^2 on whole sequences: a target margin of 1/(2 beta) nats per sequence.
+
+    Azar et al., "A General Theoretical Paradigm to Understand Learning from Human Preferences" (2023).
+    """
 
     table_name: ClassVar[str] = "ipo_sum"
 
@@ -151,7 +161,10 @@ class IPOSum(_Margin):
 
 @dataclass(frozen=True)
 class IPOMean(IPOSum):
-    """(rho_w/n_w - rho_l/n_l - 1/(2 beta))^2: a target margin of 1/(2 beta) nats per token."""
+    """(rho_w/n_w - rho_l/n_l - 1/(2 beta))^2: a target margin of 1/(2 beta) nats per token.
+
+    The form of TRL and HALOs, not in the paper's formula.
+    """
 
     table_name: ClassVar[str] = "ipo_mean"
     averaged: ClassVar[bool] = True
@@ -160,7 +173,10 @@ class IPOMean(IPOSum):
 
 @dataclass(frozen=True)
 class DAASquare(_Margin):
-    """(beta Delta - 1)^2: the square member of the family E g(beta Delta); beta^2 times ipo_sum with beta/2."""
+    """(beta Delta - 1)^2: the square member of the family E g(beta Delta); beta^2 times ipo_sum with beta/2.
+
+    Rafailov et al., "Scaling Laws for Reward Model Overoptimization in Direct Alignment Algorithms" (2024).
+    """
 
     table_name: ClassVar[str] = "daa_square"
 
@@ -171,7 +187,10 @@ class DAASquare(_Margin):
 
 @dataclass(frozen=True)
 class Hinge(_Margin):
-    """max(0, 1 - beta Delta). A pair at or beyond the margin has coefficient exactly 0."""
+    """max(0, 1 - beta Delta). A pair at or beyond the margin has coefficient exactly 0.
+
+    Liu et al., "Statistical Rejection Sampling Improves Preference Optimization" (2023).
+    """
 
     table_name: ClassVar[str] = "hinge"
 
@@ -186,7 +205,10 @@ class Hinge(_Margin):
 
 @dataclass(frozen=True)
 class DPONorm(_Margin):
-    """l(beta (rho_w/n_w - rho_l/n_l)): length-normalised DPO."""
+    """l(beta (rho_w/n_w - rho_l/n_l)): length-normalised DPO.
+
+    Lambert et al., "Tülu 3" (2024).
+    """
 
     table_name: ClassVar[str] = "dpo_norm"
     averaged: ClassVar[bool] = True
@@ -199,7 +221,10 @@ class DPONorm(_Margin):
 
 @dataclass(frozen=True)
 class EXO(_Margin):
-    """KL((q, 1-q) || (1-eps, eps)) with q = sigmoid(beta Delta), eps > 0."""
+    """KL((q, 1-q) || (1-eps, eps)) with q = sigmoid(beta Delta), eps > 0.
+
+    Ji et al., "Towards Efficient Exact Optimization of Language Model Alignment" (2024).
+    """
 
     table_name: ClassVar[str] = "exo_pair"
     label_smoothing: float = 1e-3
@@ -217,7 +242,10 @@ class EXO(_Margin):
 
 @dataclass(frozen=True)
 class DiscoPOP(_Margin):
-    """l(x)(1-mu) + e^{-x} mu with x = beta Delta, mu = sigmoid(x/tau)."""
+    """l(x)(1-mu) + e^{-x} mu with x = beta Delta, mu = sigmoid(x/tau).
+
+    Lu et al., "Discovering Preference Optimization Algorithms with and for Large Language Models" (2024).
+    """
 
     table_name: ClassVar[str] = "discopop"
     tau: float = 0.05
@@ -238,7 +266,10 @@ class DiscoPOP(_Margin):
 
 @dataclass(frozen=True)
 class RDPO(PairLoss):
-    """l(beta Delta - alpha (n_w - n_l)): DPO with a penalty of alpha per token of extra length; alpha = 0 is DPO."""
+    """l(beta Delta - alpha (n_w - n_l)): DPO with a penalty of alpha per token of extra length; alpha = 0 is DPO.
+
+    Park et al., "Disentangling Length from Quality in Direct Preference Optimization" (2024).
+    """
 
     table_name: ClassVar[str] = "rdpo"
     beta: float = 0.1
@@ -266,7 +297,10 @@ class RDPO(PairLoss):
 
 @dataclass(frozen=True)
 class SLiC(PairLoss):
-    """max(0, delta - lw + ll) - lam lw: sequence likelihood calibration, reference-free, with a summed likelihood term."""
+    """max(0, delta - lw + ll) - lam lw: sequence likelihood calibration, reference-free, with a summed likelihood term.
+
+    Zhao et al., "SLiC-HF" (2023); there the likelihood term is of the fine-tuning target, here of the chosen completion.
+    """
 
     table_name: ClassVar[str] = "slic_hf"
     delta: float = 1.0
@@ -286,7 +320,10 @@ class SLiC(PairLoss):
 
 @dataclass(frozen=True)
 class SimPO(PairLoss):
-    """l(beta (lw/n_w - ll/n_l) - gamma), reference-free; useful beta is 2 to 10 and gamma/beta 0.3 to 0.5."""
+    """l(beta (lw/n_w - ll/n_l) - gamma), reference-free; useful beta is 2 to 10 and gamma/beta 0.3 to 0.5.
+
+    Meng, Xia, Chen, "SimPO" (2024).
+    """
 
     table_name: ClassVar[str] = "simpo"
     beta: float = 2.0
@@ -313,7 +350,10 @@ def _check_nll_over(loss: Any) -> None:
 
 @dataclass(frozen=True)
 class CPO(PairLoss):
-    """l(beta (lw - ll)) + alpha NLL_w, reference-free; NLL_w averages over the scored tokens of all chosen sequences of the batch."""
+    """l(beta (lw - ll)) + alpha NLL_w, reference-free; NLL_w averages over the scored tokens of all chosen sequences of the batch.
+
+    Xu et al., "Contrastive Preference Optimization" (2024).
+    """
 
     table_name: ClassVar[str] = "cpo"
     beta: float = 0.1
@@ -343,6 +383,7 @@ class ORPO(PairLoss):
     """NLL_w + beta l(o), o the log odds ratio of the average log-probabilities; reference-free, NLL_w as in CPO.
 
     o = [a - log(1 - e^a)] - [b - log(1 - e^b)] with a = lw/n_w, b = ll/n_l, d/da [a - log(1 - e^a)] = 1 / (1 - e^a).
+    Hong, Lee, Thorne, "ORPO: Monolithic Preference Optimization without Reference Model" (2024).
     """
 
     table_name: ClassVar[str] = "orpo"
@@ -384,7 +425,10 @@ class _Rewards(PairLoss):
 
 @dataclass(frozen=True)
 class NCA(_Rewards):
-    """l(r_w) + l(-r_w)/2 + l(-r_l)/2: noise-contrastive alignment."""
+    """l(r_w) + l(-r_w)/2 + l(-r_l)/2: noise-contrastive alignment.
+
+    Chen et al., "Noise Contrastive Alignment of Language Models with Explicit Rewards" (2024).
+    """
 
     table_name: ClassVar[str] = "nca_pair"
 
@@ -396,7 +440,10 @@ class NCA(_Rewards):
 
 @dataclass(frozen=True)
 class BCO(_Rewards):
-    """l(r_w) + l(-r_l): a binary classifier on the rewards (the paired form has no running shift)."""
+    """l(r_w) + l(-r_l): a binary classifier on the rewards (the paired form has no running shift).
+
+    Jung et al., "Binary Classifier Optimization for Large Language Model Alignment" (2024).
+    """
 
     table_name: ClassVar[str] = "bco_pair"
 
@@ -407,7 +454,10 @@ class BCO(_Rewards):
 
 @dataclass(frozen=True)
 class SPPO(_Rewards):
-    """(rho_w - 1/(2 beta))^2 + (rho_l + 1/(2 beta))^2: self-play preference optimisation with hard win probabilities."""
+    """(rho_w - 1/(2 beta))^2 + (rho_l + 1/(2 beta))^2: self-play preference optimisation with hard win probabilities.
+
+    Wu et al., "Self-Play Preference Optimization for Language Model Alignment" (2024).
+    """
 
     table_name: ClassVar[str] = "sppo_hard"
 
@@ -418,7 +468,10 @@ class SPPO(_Rewards):
 
 @dataclass(frozen=True)
 class APOZero(_Rewards):
-    """sigmoid(-r_w) + sigmoid(r_l): raise the chosen, lower the rejected."""
+    """sigmoid(-r_w) + sigmoid(r_l): raise the chosen, lower the rejected.
+
+    D'Oosterlinck et al., "Anchored Preference Optimization and Contrastive Revisions" (2024).
+    """
 
     table_name: ClassVar[str] = "apo_zero"
 
@@ -430,7 +483,10 @@ class APOZero(_Rewards):
 
 @dataclass(frozen=True)
 class APODown(_Rewards):
-    """sigmoid(r_w) + sigmoid(-beta Delta): lower both, the rejected more; for a model better than its chosen data."""
+    """sigmoid(r_w) + sigmoid(-beta Delta): lower both, the rejected more; for a model better than its chosen data.
+
+    D'Oosterlinck et al. (2024), as apo_zero.
+    """
 
     table_name: ClassVar[str] = "apo_down"
 
@@ -444,7 +500,8 @@ class APODown(_Rewards):
 class AOT(PairLoss):
     """Distributional alignment: sort lw-ll and rw-rl over the batch, pair them by rank, smoothed logistic loss of beta x difference.
 
-    The value of a pair depends on the whole batch, so micro-batching changes the loss.
+    The value of a pair depends on the whole batch, so micro-batching changes the loss. Melnyk et al., "Distributional Preference Alignment
+    of LLMs via Optimal Transport" (2024).
     """
 
     table_name: ClassVar[str] = "aot"
@@ -467,9 +524,9 @@ class AOT(PairLoss):
                ((upper_order, value), (upper_order, slope), (lower_order, slope))]
         return out[0], out[1], out[2]
 
-    def _evaluate(self, p, rw, rl):
-        value, slope, ref_slope = self._ranked(p.lw - p.ll, rw - rl)
-        return Terms(value, slope, -slope), -ref_slope, ref_slope
+    def _terms(self, p):
+        value, slope, ref_slope = self._ranked(p.lw - p.ll, p.rw - p.rl)
+        return Terms(value, slope, -slope, c_rw=-ref_slope, c_rl=ref_slope)
 
 
 @dataclass(frozen=True)
@@ -478,9 +535,9 @@ class AOTUnpaired(AOT):
 
     table_name: ClassVar[str] = "aot_unpaired"
 
-    def _evaluate(self, p, rw, rl):
+    def _terms(self, p):
         value, slope, lower_slope = self._ranked(p.rho_w, p.rho_l)
-        return Terms(value, slope, -lower_slope), -slope, lower_slope
+        return Terms(value, slope, -lower_slope)
 
 
 @dataclass(frozen=True)

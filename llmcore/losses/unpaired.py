@@ -19,7 +19,7 @@ class KTO:
     z0 = max(0, mean log-ratio of mismatched completions over the global batch), detached: see `kto_baseline`; without such examples z0 = 0.
     Called as `loss(lw, ll, rw, rl, nw, nl, z0=...)` the first list holds the desirable examples and the second the undesirable ones; the
     two may have different lengths, also 0. The batch loss is the sum over all examples divided by their number (`num_pairs` when this is
-    a part of a larger batch).
+    a part of a larger batch). Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization" (2024).
     """
 
     table_name: ClassVar[str] = "kto"
@@ -55,6 +55,19 @@ class KTO:
     def __call__(self, lw: torch.Tensor, ll: torch.Tensor, rw: torch.Tensor, rl: torch.Tensor, nw: torch.Tensor | None = None,
                  nl: torch.Tensor | None = None, *, z0: torch.Tensor | float = 0.0, weights: torch.Tensor | None = None,
                  num_pairs: int | None = None) -> LossOutput:
+        """Evaluate a batch of single examples.
+
+        Args:
+            lw, rw: (E_w,) summed log-probabilities in nats of the desirable completions under policy and reference, any float dtype.
+            ll, rl: (E_l,) of the undesirable ones. nw, nl: not read; there so that every loss is called alike.
+            z0: the baseline, a number or a () tensor. num_pairs: examples of the whole step, when this is a part of it.
+
+        Returns:
+            LossOutput with per_pair (E_w + E_l,), desirable first; coef_w, rewards_chosen, grad_w (E_w,), the others (E_l,).
+
+        Raises:
+            ValueError: no reference, shapes that do not match, weights (WPO), or z0 where the baseline is 0. TypeError: not a tensor.
+        """
         if weights is not None:
             raise ValueError(f"weights (WPO) are defined for pairs, not for {self.name}")
         if rw is None or rl is None:
@@ -83,7 +96,7 @@ class KTO:
 
 @dataclass(frozen=True)
 class APOZeroUnpaired(KTO):
-    """KTO with z0 = 0."""
+    """KTO with z0 = 0: the unpaired form of anchored preference optimisation (D'Oosterlinck et al. 2024)."""
 
     table_name: ClassVar[str] = "apo_zero_unpaired"
     uses_baseline: ClassVar[bool] = False
@@ -94,6 +107,11 @@ def kto_baseline(kl_logp: torch.Tensor, ref_kl_logp: torch.Tensor, *, process_gr
 
     The mean runs over all ranks of `process_group` (sum and count are reduced, then clamped); an empty list counts as nothing, and with no
     example anywhere z0 = 0.
+
+    Args:
+        kl_logp, ref_kl_logp: (E,) summed log-probabilities of the mismatched completions under policy and reference.
+
+    Returns: () tensor, float32 (float64 for float64), for the `z0` argument of KTO.
     """
     ratio = (kl_logp - ref_kl_logp).detach().to(_working_dtype(kl_logp))
     total = torch.stack([ratio.sum(), torch.tensor(float(ratio.numel()), dtype=ratio.dtype, device=ratio.device)])

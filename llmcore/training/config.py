@@ -13,6 +13,12 @@ OPTIMIZERS = ("adamw", "rmsprop")
 class TrainingConfig:
     """How to optimise. Defaults suit preference training with LoRA; the over-optimisation study used rmsprop at 5e-7, warm-up 150, clip
     10.
+
+    Rates are per optimiser step, warm-up, checkpoints and evaluations are counted in optimiser steps (eval_every=0: only at the end),
+    max_grad_norm is the 2-norm of all gradients together.
+
+    Raises:
+        ValueError: a choice that is not in the list, a rate or norm that is not positive and finite, a count below its least value.
     """
 
     learning_rate: float = 1e-4

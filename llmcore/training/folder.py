@@ -29,6 +29,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line; made first when the file is not there. A kill leaves the line whole or absent."""
     # One write to a file opened for appending: a line is there or not.
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -38,6 +39,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, contiguous, detached; a sharded one (DTensor) is gathered, which every rank must join."""
     t = t.detach()
     return (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu().contiguous()
 
@@ -53,10 +55,15 @@ def _assign(target: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with requires_grad by name, below data-parallel and compile wrappers, so that names do not depend on the launch."""
     return {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], writes: bool) -> None:
+    """Write trained parameters, optimiser state, random-number state and `state` to `folder`, aside first and then by one rename.
+
+    Every rank calls it (sharded tensors are gathered); only the one with `writes` touches the disk.
+    """
     from safetensors.torch import save_file
 
     parameters = trainable(model)
@@ -74,6 +81,11 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore in place what `save_checkpoint` wrote; returns its `state`.
+
+    Raises:
+        ValueError: a trained parameter of this model is not in the checkpoint.
+    """
     from safetensors import safe_open
 
     parameters = trainable(model)

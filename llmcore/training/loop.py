@@ -26,8 +26,10 @@ MAX_SKIPPED = 10  # consecutive steps without a finite gradient after which a ru
 
 @dataclass
 class StepOutput:
-    """A micro-batch's share of the step's loss, and per-item numbers, (batch.num_items,) each, that the step's `summarize` turns into
-    metrics.
+    """What a step returns for one micro-batch.
+
+    loss: () differentiable share of the step's loss. items: name -> (batch.num_items,) detached numbers of any dtype, gathered in float64
+    over micro-batches and ranks for `summarize`.
     """
 
     loss: torch.Tensor
@@ -48,7 +50,7 @@ class Step(Protocol):
 
 @dataclass
 class TrainResult:
-    """What a run did. `history` is metrics.jsonl."""
+    """What a run did. steps and skipped count from the run's beginning, seconds is this call's; `history` is metrics.jsonl."""
 
     output_dir: str
     steps: int
@@ -83,6 +85,7 @@ def make_accelerator(config: TrainingConfig, device: torch.device | None = None)
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """config.optimizer over the parameters: AdamW (betas 0.9, 0.999) or RMSprop (smoothing 0.99), everything else at torch's defaults."""
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -121,8 +124,9 @@ def train(
         TrainResult.
 
     Raises:
-        KeyboardInterrupt after saving a checkpoint, when interrupted. RuntimeError after ten consecutive steps without a finite gradient.
-        ValueError: output_dir holds a run with other settings.
+        KeyboardInterrupt: interrupted; a checkpoint was saved.
+        RuntimeError: ten consecutive steps (MAX_SKIPPED) without a finite loss and gradient; earlier checkpoints are kept.
+        ValueError: output_dir holds a run with other settings, or the model has nothing to train.
     """
     config = config or TrainingConfig()
     output_dir = Path(output_dir)

@@ -26,6 +26,7 @@ from llmcore.losses import (
     Hinge,
     IPOMean,
     IPOSum,
+    PairLoss,
     Robust,
     SimPO,
     SLiC,
@@ -352,6 +353,12 @@ def test_constructor_errors(name, options):
 def test_ipo_is_explained():
     with pytest.raises(ValueError, match=r"ipo_sum.*ipo_mean"):
         loss_from_name("ipo")
+
+
+def test_a_loss_without_its_terms_cannot_be_made():
+    for base, missing in ((PairLoss, "_terms"), (type(DPO()).__mro__[1], "_of_margin")):
+        with pytest.raises(TypeError, match=missing):
+            base()
 
 
 def test_combination_errors():
