@@ -1,11 +1,13 @@
 """Saliency of a whole model beside the two things it is compared with: eager attention with every matrix and its gradient kept, and plain
-flash attention forward + backward without any saliency. One process, interleaved rounds; peak memory in fresh processes.
+flash attention forward + backward without any saliency. Each runs in a process of its own, round after round in turn; times are the
+process's own and peak memory is that of its first step.
 
     python -m pytest bench/bench_saliency_flow.py -s                  n = 256 (about a minute)
     python bench/bench_saliency_flow.py [--sizes 256,1024,2048] [--long 8192] [--rounds 3] [--save]
     python bench/bench_saliency_flow.py --gpu [--save]                 the Triton kernels beside the flash forward; needs a GPU
 
 All three freeze the parameters, keep logits at the last token only and sum the same three segments, so the difference is saliency alone.
+Eager keeps two matrices a layer and head, A and its gradient, until the bins of the last layer: 30 · 9 · 8 n² bytes, 9.1 GB at n = 2048.
 Floor of the bins: 2·n²·d·H FLOP a layer (two products, causal half) at the rate of the library's float32 product, and n²·H/2 exponentials
 at the rate of its exp, both measured in the same run, one after the other. The share of the product's rate alone is given beside it.
 """
@@ -13,9 +15,8 @@ at the rate of its exp, both measured in the same run, one after the other. The 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,11 @@ def _segments(n: int) -> dict[str, tuple[int, int]]:
     return {"question": (0, n // 2), "prompt": (n // 2, n // 2 + 16), "rationale": (n // 2 + 16, n)}
 
 
-def build(way: str, n: int, model: Any = None) -> Callable[[], Any]:
+def build(way: str, n: int) -> Callable[[], Any]:
     """The step of one way on n tokens of text-like ids; a tiny pass has run before."""
     from llmcore.models import load_model
 
-    language_model = model or load_model("smollm2", device="cpu", dtype=torch.float32)
-    network = language_model.model
+    network = load_model("smollm2", device="cpu", dtype=torch.float32).model
     generator = torch.Generator().manual_seed(0)
 
     def inputs(length: int) -> tuple[torch.Tensor, int]:
@@ -62,7 +62,8 @@ def build(way: str, n: int, model: Any = None) -> Callable[[], Any]:
             for index, (start, end) in enumerate(_segments(length).values()):
                 labels[start:end] = index
             onehot = torch.nn.functional.one_hot(labels, 3).float()
-            return torch.stack([onehot.T @ (a[0] * a.grad[0]).abs() @ onehot for a in out.attentions])
+            with torch.no_grad():  # else the bins' own graph would keep every product
+                return torch.stack([onehot.T @ (a[0] * a.grad[0]).abs() @ onehot for a in out.attentions])
         finally:
             leaf.remove()
             network.set_attn_implementation(before)
@@ -86,8 +87,8 @@ def build(way: str, n: int, model: Any = None) -> Callable[[], Any]:
 
 
 def kernel(n: int) -> Callable[[], Any]:
-    """The bins of all layers alone."""
-    from llmcore.kernels.saliency_flow import attention_with_lse, saliency_flow
+    """The bins of all layers alone, planned once as a recorder does."""
+    from llmcore.kernels.saliency_flow import attention_with_lse, plan_saliency_flow, planned_saliency_flow
 
     q, do = torch.randn(1, HEADS, n, HEAD_DIM), torch.randn(1, HEADS, n, HEAD_DIM)
     k, v = torch.randn(1, KV_HEADS, n, HEAD_DIM), torch.randn(1, KV_HEADS, n, HEAD_DIM)
@@ -95,8 +96,9 @@ def kernel(n: int) -> Callable[[], Any]:
     ids = (torch.arange(n)[None] * 3) // n
 
     def step() -> None:
+        plan = plan_saliency_flow(ids, num_row_segments=3, num_col_segments=3)
         for _ in range(LAYERS):
-            saliency_flow(q, k, v, do, lse, ids, num_row_segments=3, num_col_segments=3)
+            planned_saliency_flow(plan, q, k, v, do, lse)
 
     return step
 
@@ -121,41 +123,39 @@ def _exp_step() -> Callable[[], Any]:
     return step
 
 
-def measure(n: int, *, rounds: int, model: Any) -> dict[str, Any]:
-    built = {way: build(way, n, model) for way in ("flash, no saliency", "llmcore", "eager")}
-    latest: dict[str, Any] = {}
-    steps = {way: functools.partial(lambda way, step: latest.__setitem__(way, step()), way, step) for way, step in built.items()}
-    gemm = harness.gemm_step(2048, 2048, 2048, torch.float32)
-    yardsticks = {"bins alone": kernel(n), "product 2048^3": gemm, "exp 2^22": _exp_step()}
-    rows = harness.interleaved({**steps, **yardsticks}, rounds=rounds, slow_rounds=rounds)
-    truth, got = latest["eager"], latest["llmcore"]
+WAYS = ("flash, no saliency", "llmcore", "eager")
+
+
+def measure(n: int, *, rounds: int) -> dict[str, Any]:
+    with contextlib.ExitStack() as stack:
+        ways = {way: stack.enter_context(harness.Remote(build, (way, n), result=way != WAYS[0])) for way in WAYS}
+        gemm = harness.gemm_step(2048, 2048, 2048, torch.float32)
+        yardsticks = {"bins alone": kernel(n), "product 2048^3": gemm, "exp 2^22": _exp_step()}
+        rows = harness.interleaved({**ways, **yardsticks}, rounds=rounds, slow_rounds=rounds)
+        first = {way: remote.first for way, remote in ways.items() if remote.first is not None}
+    truth, got = first["eager"].result, first["llmcore"].result
     error = ((got - truth).abs().max() / truth.abs().max()).item()
     if not error < 1e-4:
         raise RuntimeError(f"n = {n}: bins differ from eager attention by {error:.1e} of the largest; no times for a wrong result")
     rate = 2 * 2048**3 / rows["product 2048^3"]["median_ms"] / 1e6
     exp_rate = 2**22 / rows["exp 2^22"]["median_ms"] / 1e6
-    flash, total, eager, bins = (rows[name]["median_ms"] for name in ("flash, no saliency", "llmcore", "eager", "bins alone"))
+    flash, total, eager, bins = (rows[name]["median_ms"] for name in (*WAYS, "bins alone"))
+    peaks = {way: run.peak_bytes for way, run in first.items()}
     return {
-        "n": n, "rows": rows, "peak_bytes": {}, "error_of_largest_bin": error, "bins_flop": flop(n), "product_gflops": rate,
+        "n": n, "rows": rows, "peak_bytes": peaks, "error_of_largest_bin": error, "bins_flop": flop(n), "product_gflops": rate,
         "exp_giga_per_second": exp_rate, "bins_gflops": flop(n) / bins / 1e6,
         "bins_share_of_product_rate": flop(n) / bins / 1e6 / rate,
         "bins_share_of_floor": (flop(n) / rate + exponentials(n) / exp_rate) / bins / 1e6,
         "added_over_flash_vs_eager": (total - flash) / (eager - flash), "total_vs_eager": total / eager, "total_vs_flash": total / flash,
+        "extra_memory_over_flash": peaks["llmcore"] / peaks[WAYS[0]] - 1, "eager_memory_vs_flash": peaks["eager"] / peaks[WAYS[0]],
     }  # fmt: skip
-
-
-def measure_memory(result: dict[str, Any]) -> None:
-    """Peaks of the three ways, each in a fresh process, into `result`."""
-    peaks = {name: harness.peak_memory(build, (name, result["n"]), warm=False) for name in ("flash, no saliency", "llmcore", "eager")}
-    result["peak_bytes"] = peaks
-    result["extra_memory_over_flash"] = peaks["llmcore"] / peaks["flash, no saliency"] - 1
-    result["eager_memory_vs_flash"] = peaks["eager"] / peaks["flash, no saliency"]
 
 
 def markdown(content: dict[str, Any]) -> str:
     """The README table of one result file."""
     if "shapes" not in content:
-        return f"n = {content['n']}, SmolLM2-135M, float32, every layer recomputed in the backward: {content['seconds']:.0f} s, one run."
+        return (f"n = {content['n']}, SmolLM2-135M, float32, every layer recomputed in the backward: {content['seconds']:.0f} s, "
+                f"peak {content['peak_bytes'] / 2**20:.0f} MiB above the weights, one run.")
     rates = f"{content['shapes'][-1]['product_gflops']:.0f} GFLOP/s"
     if "exp_giga_per_second" in content["shapes"][-1]:
         rates += f", {content['shapes'][-1]['exp_giga_per_second']:.1f}e9 exp/s"
@@ -163,7 +163,7 @@ def markdown(content: dict[str, Any]) -> str:
              "| n | step | median ms [p20, p80] | rounds | peak MiB | of eager's time |", "|---:|---|---:|---:|---:|---:|"]
     for shape in content["shapes"]:
         eager = shape["rows"]["eager"]["median_ms"]
-        for name in ("flash, no saliency", "llmcore", "eager"):
+        for name in WAYS:
             row, peak = shape["rows"][name], shape["peak_bytes"].get(name)
             lines.append(f"| {shape['n']} | {name} | {row['median_ms']:.0f} [{row['p20_ms']:.0f}, {row['p80_ms']:.0f}] | {row['rounds']} "
                          f"| {'' if peak is None else f'{peak / 2**20:.0f}'} | {row['median_ms'] / eager:.2f} |")
@@ -193,31 +193,21 @@ def _print(result: dict[str, Any]) -> None:
             print(f"  {name:<28} {x:.3g}")
 
 
-def run(sizes: list[int], long: int | None, rounds: int, *, memory: bool = True, save: bool = False) -> dict[str, Any]:
-    from llmcore.models import load_model
-
-    model = load_model("smollm2", device="cpu", dtype=torch.float32)
+def run(sizes: list[int], long: int | None, rounds: int, *, save: bool = False) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if long:
-        step = build("llmcore recomputed", long, model)
-        begin = time.perf_counter()
-        sums = step()
-        results["long"] = {
-            "n": long,
-            "way": "llmcore recomputed",
-            "seconds": time.perf_counter() - begin,
-            "finite": bool(sums.isfinite().all()),
-        }
-        print(f"n = {long}, layers recomputed: {results['long']['seconds']:.1f} s, one run", flush=True)
+        with harness.Remote(build, ("llmcore recomputed", long), result=True) as remote:
+            once = remote.run()
+        if not bool(once.result.isfinite().all()):
+            raise RuntimeError(f"n = {long}: bins that are no numbers")
+        results["long"] = {"n": long, "way": "llmcore recomputed", "seconds": once.wall_ms / 1e3, "peak_bytes": once.peak_bytes}
+        print(f"n = {long}, layers recomputed: {once.wall_ms / 1e3:.1f} s, peak {once.peak_bytes / 2**20:.0f} MiB, one run", flush=True)
         if save:
             harness.save("saliency_flow_long", results["long"])
     for n in sizes:
-        result = results[f"n{n}"] = measure(n, rounds=rounds, model=model)
-        for step in (None, measure_memory) if memory else (None,):
-            if step is not None:
-                step(result)
-            if save:  # a file a length, so that each length can be measured again alone; times first, since memory takes as long
-                harness.save(f"saliency_flow_{n}", {"shapes": [result]})
+        result = results[f"n{n}"] = measure(n, rounds=rounds)
+        if save:  # a file a length, so that each length can be measured again alone
+            harness.save(f"saliency_flow_{n}", {"shapes": [result]})
         _print(result)
         sys.stdout.flush()
     return results

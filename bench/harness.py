@@ -3,11 +3,13 @@ results.
 
 rows = interleaved({"ours": step_a, "peer": step_b}, rounds=7)        median and percentiles of each, in the order a, b, a, b, …
 bytes = peak_memory(build_step, args)                                 peak resident bytes of one step above its resident inputs
+with Remote(build_step, args) as step: step.run()                     a step in a process of its own: times, peak bytes, result
 save("linear_logprob", rows)                                          bench/results/<device>/linear_logprob.json
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -20,7 +22,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -86,8 +88,20 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _timed(step: Callable[[], Any] | Remote) -> tuple[float, float]:
+    """Wall and CPU milliseconds of one run."""
+    if isinstance(step, Remote):
+        run = step.run()
+        return run.wall_ms, run.cpu_ms
+    _synchronize()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    step()
+    _synchronize()
+    return (time.perf_counter() - begin) * 1e3, (time.process_time() - begin_cpu) * 1e3
+
+
 def interleaved(
-    steps: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1, slow_rounds: int = 3, slow_factor: float = 3.0
+    steps: Mapping[str, Callable[[], Any] | Remote], *, rounds: int = 7, warmup: int = 1, slow_rounds: int = 3, slow_factor: float = 3.0
 ) -> dict[str, dict[str, Any]]:
     """Run the steps in turn, round after round, so that drift of the machine hits all alike.
 
@@ -97,11 +111,7 @@ def interleaved(
     first: dict[str, float] = {}
     for name, step in steps.items():
         for _ in range(max(warmup, 1)):
-            _synchronize()
-            begin = time.perf_counter()
-            step()
-            _synchronize()
-            first[name] = time.perf_counter() - begin
+            first[name] = _timed(step)[0]
     fastest = min(first.values())
     wall: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
@@ -109,12 +119,9 @@ def interleaved(
         for name, step in steps.items():
             if turn >= slow_rounds and first[name] > slow_factor * fastest:
                 continue
-            _synchronize()
-            begin, begin_cpu = time.perf_counter(), time.process_time()
-            step()
-            _synchronize()
-            wall[name].append((time.perf_counter() - begin) * 1e3)
-            cpu[name].append((time.process_time() - begin_cpu) * 1e3)
+            elapsed, spent = _timed(step)
+            wall[name].append(elapsed)
+            cpu[name].append(spent)
 
     def at(values: list[float], share: float) -> float:
         ordered = sorted(values)
@@ -132,24 +139,96 @@ def _status(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
 
 
-def _measure_peak(connection, build: Callable[..., Callable[[], Any]], args: tuple, warm: bool) -> None:
+class Run(NamedTuple):
+    """One run of a step in its own process."""
+
+    wall_ms: float
+    cpu_ms: float
+    peak_bytes: int  # above what was resident before the step
+    result: Any
+
+
+def _serve(connection: Any, build: Callable[..., Callable[[], Any]], args: tuple) -> None:
     try:
         step = build(*args)
-        if warm:  # one step outside the measurement: compilation, thread pools
-            step()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step()
-            torch.cuda.synchronize()
-            connection.send(torch.cuda.max_memory_allocated() - before)
-            return
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at the present resident size
-        before = _status("VmRSS")
-        step()
-        connection.send(_status("VmHWM") - before)
+        connection.send(None)
+        while (want_result := connection.recv()) is not None:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            else:
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at the present resident size
+                before = _status("VmRSS")
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            result = step()
+            _synchronize()
+            wall, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+            peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")) - before
+            connection.send(Run(wall * 1e3, cpu * 1e3, peak, result if want_result else None))
+            del result
+    except EOFError:  # the measuring process went away
+        return
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
+
+
+class Remote:
+    """A step in a fresh process of its own, which times itself: what it holds and what its allocator keeps touches no other step's figures.
+
+    build(*args) makes the inputs and returns the step; both must be picklable. `first` is the first run, with the step's result where
+    `result` asks for it; of later runs the result is dropped. In `interleaved` its own times count. The process ends with the `with` block.
+    """
+
+    def __init__(
+        self,
+        build: Callable[..., Callable[[], Any]],
+        args: tuple = (),
+        *,
+        result: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._result = result
+        self.first: Run | None = None
+        context = multiprocessing.get_context("spawn")
+        self._connection, sender = context.Pipe()
+        before = {key: os.environ.get(key) for key in environment or {}}
+        os.environ.update(environment or {})
+        try:
+            self._process = context.Process(target=_serve, args=(sender, build, args))
+            self._process.start()
+        finally:
+            for key, value in before.items():
+                if value is None:
+                    os.environ.pop(key, None)
+                else:
+                    os.environ[key] = value
+        sender.close()
+        self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            answer = f"the measuring process died with exit code {code}" + (", as when memory runs out" if code == -9 else "")
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+    def run(self) -> Run:
+        self._connection.send(self._result and self.first is None)
+        run = self._receive()
+        self.first = self.first or run
+        return run
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # a process that died has closed its end
+            self._connection.send(None)
+        self._process.join()
 
 
 def peak_memory(build: Callable[..., Callable[[], Any]], args: tuple = (), *, warm: bool = True, threads: int | None = None) -> int:
@@ -158,31 +237,13 @@ def peak_memory(build: Callable[..., Callable[[], Any]], args: tuple = (), *, wa
     build(*args) makes the inputs and returns the step; both must be picklable (module-level). The step's results must be dropped by itself.
     glibc's allocator is told to give freed blocks back, or the warm step's memory would count as resident before the measured one.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
     settings = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
     if threads is not None:
         settings["OMP_NUM_THREADS"] = str(threads)
-    before = {key: os.environ.get(key) for key in settings}
-    os.environ.update(settings)
-    try:
-        process = context.Process(target=_measure_peak, args=(sender, build, args, warm))
-        process.start()
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-    sender.close()
-    try:
-        answer = receiver.recv()
-    except EOFError:
-        answer = "the measuring process died"
-    process.join()
-    if isinstance(answer, str):
-        raise RuntimeError(f"peak_memory: {answer}")
-    return answer
+    with Remote(build, args, environment=settings) as remote:
+        if warm:  # one step outside the measurement: compilation, thread pools
+            remote.run()
+        return remote.run().peak_bytes
 
 
 def gemm_step(m: int, n: int, k: int, dtype: torch.dtype, device: str = "cpu") -> Callable[[], Any]:

@@ -13,14 +13,10 @@ def check_attention(
     key: Tensor,
     value: Tensor,
     softmax_scale: float | None,
-    window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
 ) -> None:
-    """Shapes, devices, dtypes and ranges of what every attention function here takes."""
+    """Shapes, devices, dtypes and ranges of one layer's tensors."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, seq_len, head_dim), got {tuple(t.shape)}")
@@ -29,7 +25,7 @@ def check_attention(
         if t.dtype != query.dtype or t.device != query.device:
             raise ValueError(f"{name} must match query's dtype and device ({query.dtype}, {query.device}), got ({t.dtype}, {t.device})")
     batch, heads, _, size = query.shape
-    kv, cols = key.shape[1], key.shape[2]
+    kv = key.shape[1]
     if key.shape[0] != batch or key.shape[3] != size:
         raise ValueError(
             f"key must be (batch, num_kv_heads, num_cols, head_dim) with batch {batch} and head_dim {size}, got {tuple(key.shape)}"
@@ -40,12 +36,24 @@ def check_attention(
         raise ValueError(f"query's num_heads must be a multiple of key's num_kv_heads, got {heads} and {kv}")
     if softmax_scale is not None and not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
-    if window is not None and window <= 0:
-        raise ValueError(f"window must be positive (the number of columns a row sees, itself included), got {window}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be positive and finite, got {softcap}; pass None for no soft-cap")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be (num_heads,) = ({heads},), got {tuple(sinks.shape)}")
+
+
+def check_masks(
+    batch: int,
+    rows: int,
+    cols: int,
+    window: int | None,
+    key_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> None:
+    """What says which of `cols` columns a row may read. Values are read where that is free (CPU tensors outside a compiled graph)."""
+    if window is not None and window <= 0:
+        raise ValueError(f"window must be positive (the number of columns a row sees, itself included), got {window}")
     if key_mask is not None:
         if key_mask.shape != (batch, cols):
             raise ValueError(f"key_mask must be (batch, num_cols) = ({batch}, {cols}), got {tuple(key_mask.shape)}")
@@ -53,7 +61,7 @@ def check_attention(
             raise TypeError(f"key_mask must be bool or integer (non-zero: may be read), got {key_mask.dtype}")
     if cu_seqlens_k is not None and cu_seqlens_q is None:
         raise ValueError("cu_seqlens_k needs cu_seqlens_q")
-    for name, borders, length in (("cu_seqlens_q", cu_seqlens_q, query.shape[2]), ("cu_seqlens_k", cu_seqlens_k, cols)):
+    for name, borders, length in (("cu_seqlens_q", cu_seqlens_q, rows), ("cu_seqlens_k", cu_seqlens_k, cols)):
         if borders is None:
             continue
         if borders.dim() not in (1, 2) or borders.shape[-1] < 2 or borders.is_floating_point():
@@ -72,5 +80,5 @@ def check_attention(
             raise ValueError(f"{name} must start at 0, not decrease and end within {length}, got {borders.tolist()}")
     if cu_seqlens_q is not None and (cu_seqlens_k if cu_seqlens_k is not None else cu_seqlens_q).shape != cu_seqlens_q.shape:
         raise ValueError(f"cu_seqlens_k must have cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}")
-    if cu_seqlens_q is not None and cu_seqlens_k is None and query.shape[2] != cols:
-        raise ValueError(f"cu_seqlens_k is needed when query and key differ in length ({query.shape[2]}, {cols})")
+    if cu_seqlens_q is not None and cu_seqlens_k is None and rows != cols:
+        raise ValueError(f"cu_seqlens_k is needed when query and key differ in length ({rows}, {cols})")

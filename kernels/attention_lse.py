@@ -20,7 +20,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from llmcore.kernels.attention_checks import check_attention
+from llmcore.kernels.attention_checks import check_attention, check_masks
 from llmcore.kernels.visibility import visible_ranges
 from torch import Tensor
 
@@ -324,8 +324,7 @@ def _blocked_bwd(
     return dq, dk.to(key.dtype), dv.to(value.dtype)
 
 
-@torch.library.custom_op("llmcore::attention_lse_fwd", mutates_args=())
-def attention_lse_fwd(
+def forward_with_lse(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -340,6 +339,7 @@ def attention_lse_fwd(
     cu_seqlens_k: Tensor | None,
     blocked: bool,
 ) -> tuple[Tensor, Tensor]:
+    """(output, lse) of one layer; no checks, no graph."""
     batch, heads, rows, _ = query.shape
     parts = None
     if not blocked and softcap is None and _flash_serves(query, value):
@@ -379,13 +379,15 @@ def attention_lse_fwd(
     return output.contiguous(), lse.contiguous()
 
 
+attention_lse_fwd = torch.library.custom_op("llmcore::attention_lse_fwd", forward_with_lse, mutates_args=())
+
+
 @attention_lse_fwd.register_fake
 def _(query, key, value, scale, causal, q_offset, window, softcap, sinks, key_mask, cu_seqlens_q, cu_seqlens_k, blocked):
     return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulation(query.dtype))
 
 
-@torch.library.custom_op("llmcore::attention_lse_bwd", mutates_args=())
-def attention_lse_bwd(
+def backward_with_lse(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -403,6 +405,7 @@ def attention_lse_bwd(
     cu_seqlens_k: Tensor | None,
     blocked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks (empty without) from what the forward kept; no checks, no graph."""
     batch, _, rows, _ = query.shape
     parts = None
     if not blocked and softcap is None and _flash_serves(query, value):
@@ -443,6 +446,9 @@ def attention_lse_bwd(
         delta = (grad.to(lse.dtype) * output.to(lse.dtype)).sum(-1)
         dsinks = -((sinks.to(lse.dtype)[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
     return (*(t.contiguous() for t in grads), dsinks)
+
+
+attention_lse_bwd = torch.library.custom_op("llmcore::attention_lse_bwd", backward_with_lse, mutates_args=())
 
 
 @attention_lse_bwd.register_fake
@@ -507,7 +513,8 @@ def attention_with_lse(
         >>> output.shape, lse.shape
         (torch.Size([1, 4, 10, 16]), torch.Size([1, 4, 10]))
     """
-    check_attention(query, key, value, softmax_scale, window, softcap, sinks, key_mask, cu_seqlens_q, cu_seqlens_k)
+    check_attention(query, key, value, softmax_scale, softcap, sinks)
+    check_masks(query.shape[0], query.shape[2], key.shape[2], window, key_mask, cu_seqlens_q, cu_seqlens_k)
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from llmcore.attention_interface import Packing, borrowed, listening
-from llmcore.kernels.saliency_flow import KINDS, OUTPUTS, SaliencyFlow, saliency_flow
+from llmcore.kernels.saliency_flow import KINDS, OUTPUTS, FlowPlan, SaliencyFlow, plan_saliency_flow, planned_saliency_flow
 from llmcore.kernels.visibility import pair_counts, visible_ranges
 from llmcore.segments import segment_ids, segment_names, token_segments
 from llmcore.target_loss import LOSSES, target_loss
@@ -140,6 +140,7 @@ class FlowRecorder:
         self.one_minus_p: Tensor | None = None
         self.metadata: dict[str, Any] = {}
         self._flows: dict[int, SaliencyFlow] = {}
+        self._plans: dict[tuple[Any, ...], FlowPlan] = {}
         self._kinds_of_mask: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> FlowRecorder:
@@ -291,7 +292,7 @@ class FlowRecorder:
             if not bool((targets[..., None] == choice).any(-1).all()):
                 raise ValueError(f"candidates must hold every target id, got {choice.tolist()} for targets {targets.tolist()}")
         self._ids = segment_ids(self.segments, self.names, batch, total, device)
-        self._flows, self._counts, self._kinds_of_mask, self.metadata = {}, {}, {}, {}
+        self._flows, self._counts, self._kinds_of_mask, self._plans, self.metadata = {}, {}, {}, {}, {}
         self._device = device
         kept = int(positions.max()) + 1 - self.prefix_length  # rows behind the last target carry no gradient
         inputs: dict[str, Any] = {"input_ids": input_ids[:, :kept]}
@@ -426,29 +427,43 @@ class FlowRecorder:
             raise RuntimeError(
                 f"layer {layer} went backward twice in one pass: {type(self.model).__name__} uses one layer index for several attentions"
             )
-        rows, cols = query.shape[2], key.shape[2]
-        last = self.prefix_length + rows
-        ids = self._inner_ids.to(query.device)
         try:
-            self._flows[layer] = saliency_flow(
+            self._flows[layer] = planned_saliency_flow(
+                self._plan(query, key, options),
                 query,
                 key,
                 value,
                 grad,
                 lse,
-                ids[:, last - rows : last].contiguous(),
-                ids[:, last - cols : last].contiguous(),
-                num_row_segments=len(self.names),
-                num_col_segments=len(self.names),
-                pairs=None if self.pairs is None else self.pairs.to(query.device),
-                outputs=self.outputs,
-                exclude_diagonal=self.exclude_diagonal,
+                softmax_scale=options["softmax_scale"],
+                softcap=options["softcap"],
                 backend=self.backend,
-                **options,
             )
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from error
         self._kinds_of_mask[layer] = {"causal": options["causal"], "window": window}
+
+    def _plan(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> FlowPlan:
+        """Made once for all layers of a run whose mask, lengths and device are the same."""
+        rows, cols, device = query.shape[2], key.shape[2], query.device
+        kind = device, rows, cols, options["causal"], options["window"], id(options["key_mask"])  # documents are the run's own
+        if kind not in self._plans:
+            last = self.prefix_length + rows
+            ids = self._inner_ids.to(device)
+            self._plans[kind] = plan_saliency_flow(
+                ids[:, last - rows : last].contiguous(),
+                ids[:, last - cols : last].contiguous(),
+                num_row_segments=len(self.names),
+                num_col_segments=len(self.names),
+                causal=options["causal"],
+                window=options["window"],
+                key_mask=options["key_mask"],
+                cu_seqlens_q=options["cu_seqlens_q"],
+                pairs=None if self.pairs is None else self.pairs.to(device),
+                outputs=self.outputs,
+                exclude_diagonal=self.exclude_diagonal,
+            )
+        return self._plans[kind]
 
     def _count(self, batch: int, total: int, attention_mask: Tensor | None) -> None:
         """Counts over the whole sequence, tokens behind the target included, for each kind of mask once."""

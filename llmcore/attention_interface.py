@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmcore.kernels.attention_lse import attention_lse_bwd, attention_with_lse
+from llmcore.kernels.attention_lse import backward_with_lse, forward_with_lse
 from llmcore.target_loss import exact_logits
 
 # B batch, H query heads, G key/value heads, n rows that run, m columns (a cached prefix included), d head size
@@ -25,6 +25,7 @@ from llmcore.target_loss import exact_logits
 NAME = "llmcore_saliency_flow"
 _lock = threading.RLock()  # one listener at a time: the attention function finds it in `_active`, also from autograd's device threads
 _active: Listener | None = None
+_masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (id of a padding mask, columns) -> that mask, its last columns as bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Listener(Protocol):
     def layer_went_backward(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, grad: Tensor, options: dict[str, Any], window: int | None
     ) -> None:
-        """options: as `saliency_flow` takes them, the window left out where it hides nothing. window: the layer's own."""
+        """options: as `saliency_flow` takes them, one key_mask object a mask, the window left out where it hides nothing.
+        window: the layer's own."""
         ...
 
 
@@ -79,6 +81,17 @@ def listening(listener: Listener) -> Iterator[None]:
             yield
         finally:
             _active = None
+            _masks.clear()
+
+
+def _key_mask(attention_mask: Tensor | None, cols: int) -> Tensor | None:
+    """(B, cols) bool, the same tensor for every layer that is given this mask: what is derived from it can be shared."""
+    if attention_mask is None:
+        return None
+    name = id(attention_mask), cols
+    if name not in _masks:  # the mask is kept with its id, which nothing else can take then
+        _masks[name] = attention_mask, attention_mask[:, -cols:].bool()
+    return _masks[name][1]
 
 
 # Keywords that reach the attention function and do not change what it computes. Any other, when it is set, is an error: a function that
@@ -121,7 +134,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         packing, prefix = listener.packing, key.shape[2] - query.shape[2]
         q, k, v = _inside(packing, prefix, query, key, value)
-        output, lse = attention_with_lse(q, k, v, sinks=sinks, **options)
+        output, lse = forward_with_lse(q, k, v, *_masks_and_scale(options, sinks))
         if packing is not None:
             output = packing.end_to_end(output)
         ctx.save_for_backward(query, key, value, output, lse, sinks)
@@ -138,27 +151,26 @@ class _Attention(torch.autograd.Function):
         ctx.listener.layer_went_backward(ctx.layer, query, key, value, lse, grad, options, ctx.window)
         if not any(ctx.needs_input_grad[:4]):
             return (None,) * 8
-        dq, dk, dv, dsinks = attention_lse_bwd(
-            grad,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            options["softmax_scale"],
-            options["causal"],
-            None,
-            options["window"],
-            options["softcap"],
-            sinks,
-            options["key_mask"],
-            options["cu_seqlens_q"],
-            None,
-            False,
-        )
+        dq, dk, dv, dsinks = backward_with_lse(grad, query, key, value, output, lse, *_masks_and_scale(options, sinks))
         if packing is not None:
             dq, dk, dv = packing.end_to_end(dq), packing.columns_back(dk, ctx.prefix), packing.columns_back(dv, ctx.prefix)
         return dq, dk, dv, dsinks if sinks is not None else None, None, None, None, None
+
+
+def _masks_and_scale(options: dict[str, Any], sinks: Tensor | None) -> tuple[Any, ...]:
+    """The arguments behind the tensors of `forward_with_lse` and `backward_with_lse`."""
+    return (
+        options["softmax_scale"],
+        options["causal"],
+        None,
+        options["window"],
+        options["softcap"],
+        sinks,
+        options["key_mask"],
+        options["cu_seqlens_q"],
+        None,
+        False,
+    )
 
 
 def _inside(packing: Packing | None, prefix: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +225,7 @@ def attention(
         "causal": causal,
         "window": None if window is None or window >= longest else window,
         "softcap": softcap,
-        "key_mask": None if attention_mask is None else attention_mask[:, -cols:].bool(),
+        "key_mask": _key_mask(attention_mask, cols),
         "cu_seqlens_q": documents,
     }
     sinks = s_aux.to(query.dtype) if s_aux is not None else None

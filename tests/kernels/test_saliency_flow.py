@@ -12,7 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmcore.kernels import backends
-from llmcore.kernels.saliency_flow import OUTPUTS, attention_with_lse, saliency_flow, saliency_flow_reference
+from llmcore.kernels.saliency_flow import (
+    OUTPUTS,
+    attention_with_lse,
+    plan_saliency_flow,
+    planned_saliency_flow,
+    saliency_flow,
+    saliency_flow_reference,
+)
+from llmcore.kernels.saliency_flow_operator import SCHEMA
 
 BACKENDS = [
     pytest.param("cpp", marks=pytest.mark.skipif(backends.extension_error() is not None, reason=str(backends.extension_error()))),
@@ -407,12 +415,34 @@ def test_operator_contract():
         [torch.ops.llmcore.saliency_flow_fwd] if backends.extension_error() is None else []
     )
     for operator in operators:
+        assert str(operator.default._schema).split("(", 1)[1] == SCHEMA[1:]  # csrc/bindings.cpp and Python state it apart
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(
         torch.ops.llmcore.attention_lse_fwd.default,
         (query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), 0.3, True, None, None, None, None, None, None, None, False),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+def test_a_plan_serves_layers_of_its_shape_only():
+    """Other heads, head sizes and scales may share a plan; another length, batch or device may not."""
+    masks = {"window": 9, "key_mask": torch.arange(40).expand(2, 40) > 2}
+    ids = _inputs(5, 2, 4, 2, 33, 40, 8, 8, {})[1:3]
+    counts = {"num_row_segments": 3, "num_col_segments": 4, "outputs": OUTPUTS}
+    plan = plan_saliency_flow(*ids, **counts, **masks)
+    for heads, kv, size, scale in ((4, 2, 8, 0.3), (6, 3, 16, 0.7)):
+        query, key, value, grad = _inputs(size, 2, heads, kv, 33, 40, size, size, {})[0]
+        alone = saliency_flow(query, key, value, grad, None, *ids, softmax_scale=scale, **counts, **masks)
+        planned = planned_saliency_flow(plan, query, key, value, grad, None, softmax_scale=scale)
+        for name, bins in vars(alone).items():
+            assert (bins is None and getattr(planned, name) is None) or torch.equal(bins, getattr(planned, name)), name
+    for wrong in (query[:, :, 1:], query[:1]):
+        with pytest.raises(ValueError, match="plan's"):
+            planned_saliency_flow(plan, wrong, key[: len(wrong)], value[: len(wrong)], grad, None)
+    with pytest.raises(ValueError, match="plan's"):
+        planned_saliency_flow(plan, query, key[:, :, 1:], value[:, :, 1:], grad, None)
+    with pytest.raises(ValueError, match="num_rows"):
+        plan_saliency_flow(torch.zeros(4, dtype=torch.int64))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,8 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from llmcore.kernels import saliency_flow_plan as plan
+from llmcore.kernels import saliency_flow_tiles as lists
 from llmcore.kernels.saliency_flow import OUTPUTS, attention_with_lse, saliency_flow, saliency_flow_reference
+from llmcore.kernels.saliency_flow_operator import Problem
 from llmcore.kernels.visibility import visible_ranges
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,7 +73,7 @@ def tiles(monkeypatch):
 
         warps = 4
         monkeypatch.setattr(kernels, "_CONFIGS", {key: kernels.Config(rows, columns, warps, 1) for key in kernels._CONFIGS})
-        monkeypatch.setattr(plan, "FEW", few)
+        monkeypatch.setattr(lists, "FEW", few)
 
     return use
 
@@ -302,7 +303,9 @@ def test_extreme_scores_blind_rows_zero_gradients_and_empty_segments(few, tiles)
 
     visible = visible_ranges(1, 40, 40, device=DEVICE)
     every = torch.ones(2, 2, dtype=torch.uint8, device=DEVICE)
-    bins = kernels.forward(query, key, value, nan, _lse(tensors, {}), *visible[:2], None, None, ids.int(), ids.int(), every, 0.3, 0.0, 1)[0]
+    bins = kernels.forward(
+        Problem(query, key, value, nan, _lse(tensors, {}), *visible[:2], None, None, ids.int(), ids.int(), every, 0.3, 0.0, 1)
+    ).bins
     assert bins[0, 0, 0, 0, 0].isnan(), "a NaN is shown in the segment that it is in"
     assert not bins[0, 0, 0, 0, 1]
     assert bins[0, 0, 1].isfinite().all()
@@ -347,11 +350,11 @@ def test_tile_lists_cover_each_visible_wanted_pair_once(seed):
     def records(work):
         return [(b, record) for b in range(batch) for record in work[b].tolist()]
 
-    row_cut = plan.row_side(rows, low, high, pairs, None, block_m, True)
-    column_cut = plan.column_side(columns, valid, pairs, block_n, True)
+    row_cut = lists.row_side(rows, low, high, pairs, None, block_m, True)
+    column_cut = lists.column_side(columns, valid, pairs, block_n, True)
     assert row_cut.tiles <= n // block_m + number
     covered = torch.zeros(batch, n, m, dtype=torch.int)
-    spans = plan.row_spans(row_cut, column_cut, low, high, diagonal, pairs, m)
+    spans = lists.row_spans(row_cut, column_cut, low, high, diagonal, pairs, m)
     for b, (edges, fulls, first, before, column, tile, segment) in records(spans):
         i = tokens(row_cut, b, tile)
         for e in range(edges):
@@ -366,15 +369,15 @@ def test_tile_lists_cover_each_visible_wanted_pair_once(seed):
     assert covered.max() <= 1
 
     for cut in (False, True):
-        row_side = plan.row_side(rows, low, high, pairs, None, block_m, cut)
-        column_side = plan.column_side(columns, valid, pairs, block_n, cut)
+        row_side = lists.row_side(rows, low, high, pairs, None, block_m, cut)
+        column_side = lists.column_side(columns, valid, pairs, block_n, cut)
         covered = torch.zeros(batch, n, m, dtype=torch.int)
-        for b, (active, r, c) in records(plan.tile_pairs(row_side, column_side, low, high, pairs, m)):
+        for b, (active, r, c) in records(lists.tile_pairs(row_side, column_side, low, high, pairs, m)):
             if active:
                 covered[b, tokens(row_side, b, r)[:, None], tokens(column_side, b, c)] += 1
         assert (covered[see] == 1).all()
         covered.zero_()
-        for b, (begin, end, c, segment) in records(plan.column_spans(row_cut, column_side, low, high, pairs, m)):
+        for b, (begin, end, c, segment) in records(lists.column_spans(row_cut, column_side, low, high, pairs, m)):
             for tile in range(begin, end):
                 assert (rows[b, tokens(row_cut, b, tile)] == segment).all()
                 covered[b, tokens(row_cut, b, tile)[:, None], tokens(column_side, b, c)] += 1
@@ -394,8 +397,8 @@ def test_pruned_pairs_invisible_tiles_and_zero_gradients_are_in_no_list():
     grad[:, 1, 300] = 1.0
 
     def work(pairs, gradient=None):
-        rows, columns = plan.row_side(ids, low, high, pairs, gradient, block, True), plan.column_side(ids, None, pairs, block, True)
-        return int(plan.row_spans(rows, columns, low, high, None, pairs, n)[..., :2].sum())
+        rows, columns = lists.row_side(ids, low, high, pairs, gradient, block, True), lists.column_side(ids, None, pairs, block, True)
+        return int(lists.row_spans(rows, columns, low, high, None, pairs, n)[..., :2].sum())
 
     tiles = n // block
     everything = torch.ones(4, 4, dtype=torch.bool)

@@ -371,6 +371,23 @@ def test_start_layer_checkpointing_and_pairs_change_nothing():
     assert torch.equal(first, full), "two runs, same bits"
 
 
+@pytest.mark.parametrize(("family", "kinds"), [("Llama", 1), ("Gemma2", 2)])
+def test_layers_of_one_mask_share_a_plan(family, kinds, monkeypatch):
+    import llmcore.attention
+
+    made = []
+    monkeypatch.setattr(llmcore.attention, "plan_saliency_flow", lambda *a, **k: made.append(plan(*a, **k)) or made[-1])
+    plan = llmcore.kernels.saliency_flow.plan_saliency_flow
+    model = _model(family)
+    recorder = FlowRecorder(model, {"a": (2, 6), "b": (6, 12)})
+    mask = torch.ones(2, 14, dtype=torch.long)
+    mask[0, 5] = 0  # a hole: rows of unequal length would be packed otherwise
+    ids = torch.randint(3, 97, (2, 14), generator=torch.Generator().manual_seed(0))
+    for runs in (1, 2):
+        recorder.run(ids, mask, target_ids=5)
+        assert len(made) == runs * kinds
+
+
 def test_the_last_layer_is_read_by_one_row_only():
     model = _model("Llama")
     ids, _, _, _ = _batch()

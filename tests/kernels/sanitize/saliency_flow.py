@@ -7,8 +7,9 @@ lists are unwrapped.
 """
 
 import torch
-from llmcore.kernels import saliency_flow_plan as plan
+from llmcore.kernels import saliency_flow_tiles as lists
 from llmcore.kernels import saliency_flow_triton as kernels
+from llmcore.kernels.saliency_flow_operator import Problem
 from llmcore.kernels.visibility import visible_ranges
 from triton_viz.clients.sanitizer.sanitizer import ConstSymbolicExpr, SymbolicSanitizer
 from triton_viz.core.callbacks import ForLoopCallbacks
@@ -30,7 +31,7 @@ kernels._CONFIGS = {key: kernels.Config(16, 16, 4, 1) for key in kernels._CONFIG
 
 
 def sweep(dtype: torch.dtype, few: int, outputs: int, n: int, m: int, size: int, value_size: int, **options) -> None:
-    plan.FEW = few
+    lists.FEW = few
     batch, heads, kv_heads = 1, 2, 1
     query, grad = torch.ones(batch, n, heads, size, dtype=dtype).transpose(1, 2), torch.ones(batch, heads, n, value_size, dtype=dtype)
     key, value = torch.ones(batch, kv_heads, m, size, dtype=dtype), torch.ones(batch, m, kv_heads, value_size, dtype=dtype).transpose(1, 2)
@@ -39,10 +40,8 @@ def sweep(dtype: torch.dtype, few: int, outputs: int, n: int, m: int, size: int,
     rows, columns = rows.clamp(max=2).contiguous(), columns.contiguous()
     pairs = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.uint8)
     valid = (torch.arange(batch * m).view(batch, m) % 11 != 3).to(torch.uint8)
-    kernels.forward(
-        query, key, value, grad, torch.zeros(batch, heads, n), visible.low, visible.high, visible.diagonal, valid, rows, columns, pairs,
-        0.3, 2.0, outputs,
-    )  # fmt: skip
+    lse = torch.zeros(batch, heads, n)
+    kernels.forward(Problem(query, key, value, grad, lse, *visible, valid, rows, columns, pairs, 0.3, 2.0, outputs))
 
 
 sweep(torch.float32, 8, 255, 5, 19, 33, 20)
