@@ -41,7 +41,8 @@ def extensions() -> tuple[list, dict]:
         return [], {}
     cuda = torch.version.cuda is not None and CUDA_HOME is not None and sources("csrc/cuda", suffix=".cu") != []
     say(f"C++ operators{' and CUDA kernels' if cuda else ''} for torch {torch.__version__}")
-    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
+    # -g0 undoes the -g that Python's own flags carry: debug symbols would be nine tenths of the wheel.
+    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI), ("Py_LIMITED_API", "0x030A0000")]
     operators = (CUDAExtension if cuda else CppExtension)(
         "llmcore._C",
@@ -69,5 +70,5 @@ def extensions() -> tuple[list, dict]:
 packages = [name for prefix, folder in MAPPED.items()
             for name in [prefix, *(f"{prefix}.{sub}" for sub in find_namespace_packages(folder))] if "__pycache__" not in name]
 ext_modules, cmdclass = extensions()
-setup(packages=packages, package_dir=MAPPED, package_data={"llmcore": ["py.typed", "demo/*.json*"]},
+setup(packages=packages, package_dir=MAPPED, package_data={"llmcore": ["py.typed"]},
       ext_modules=ext_modules, cmdclass=cmdclass)
