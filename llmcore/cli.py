@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from llmcore.errors import EXTRAS, CannotRun, install_command
+
 # group or command -> (module in llmcore.commands, one line of help). A module exposes `app`, a typer.Typer.
 COMMANDS = {
     "align": ("align", "train on preference data, or score it"),
@@ -57,6 +59,14 @@ def main() -> None:
         # Errors raised at a public boundary name the argument, what was expected and what came: no traceback needed.
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except CannotRun as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        print(f"error: this needs the package {error.name}, which is not installed; run: {install_command(error.name)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)

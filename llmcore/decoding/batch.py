@@ -11,6 +11,7 @@ import torch
 from llmcore.decoding.attention import DecodePart, DecodePlan, PrefillPlan, Segment
 from llmcore.decoding.decoder import Decoder
 from llmcore.decoding.rows import Counters, Node, Pool, Row, StopRule
+from llmcore.errors import CannotRun
 from llmcore.sampling import Sampling, draw, kept_candidates, uniforms
 
 
@@ -199,7 +200,7 @@ class Batch:
             broken = probs.isnan().any(-1)
             if bool(broken.any()):
                 row = nodes[members[int(broken.to(torch.uint8).argmax())]][0]
-                raise RuntimeError(
+                raise CannotRun(
                     f"the model gave NaN logits for query {row.stream[0]}, row {row.stream[1]}: no verdict or text can be made of them"
                 )
             sizes = [len(nodes[i][1].samples) for i in members]

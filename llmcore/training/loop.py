@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from llmcore.adapters import disable_dropout, unwrap
+from llmcore.errors import CannotRun
 from llmcore.files import atomic_directory, write_bytes, write_json
 from llmcore.training.config import TrainingConfig
 from llmcore.training.folder import append_line, checkpoints, load_checkpoint, read_metrics, save_checkpoint, trainable, whole
@@ -125,7 +126,7 @@ def train(
 
     Raises:
         KeyboardInterrupt: interrupted; a checkpoint was saved.
-        RuntimeError: ten consecutive steps (MAX_SKIPPED) without a finite loss and gradient; earlier checkpoints are kept.
+        CannotRun (a RuntimeError): ten consecutive steps (MAX_SKIPPED) without a finite loss and gradient; earlier checkpoints are kept.
         ValueError: output_dir holds a run with other settings, or the model has nothing to train.
     """
     config = config or TrainingConfig()
@@ -260,7 +261,7 @@ def train(
             bar.update(done, note + (f"  margin {record['rewards/margins']:.3f}" if "rewards/margins" in record else ""))
             stop = bool(asked) or (stop_after is not None and done - start >= stop_after)
             if in_a_row >= MAX_SKIPPED:
-                raise RuntimeError(
+                raise CannotRun(
                     f"{in_a_row} consecutive steps up to step {done} gave a NaN or infinite loss or gradient (ids in {metrics_path}); "
                     "lower learning_rate or mend the data; earlier checkpoints are kept"
                 )

