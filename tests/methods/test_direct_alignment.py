@@ -104,29 +104,41 @@ def test_fifty_steps_follow_a_plain_run(tiny_model, tmp_path):
 
 
 def same_weights(name: str, tmp_path, *, rate: float, rank: int, **layout) -> None:
-    """Twenty steps of the fused path and of plain logits end in the same weights, every tensor to 1e-5 of its norm."""
+    """Twenty steps of the fused path and of plain logits end in the same weights, every tensor to 1e-5 of its norm.
+
+    Adapters start at zero and Adam divides by the gradient's own size, which lifts rounding: on a real model plain PyTorch's float32 run
+    ends further than 1e-5 from its float64 run. There, the float64 weights are the truth and twice plain PyTorch's error is the limit.
+    """
     model = load_model(name, device="cpu", dtype="float32")
     config = da.Config(loss_options={"beta": BETA}, batch_size=8, micro_batch_size=4, num_steps=20, lora_rank=rank,
                        training=TrainingConfig(learning_rate=rate, warmup_steps=0), **layout)  # fmt: skip
     before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     result = da.train(PAIRS, config=config, model=model, output_dir=tmp_path / "run", progress=False)
     assert result.steps == 20
-    from safetensors.torch import load_file as load
-
     final = tmp_path / "run" / "final"
-    ours = load(final / ("adapter_model.safetensors" if rank else "model.safetensors"))
-    _, plain = plain_run(load_model(name, device="cpu", dtype="float32"), tokenized(model), 20, rate, rank)
-    compared = 0
-    for name, p in plain.named_parameters():
-        stored = name.replace(".default.", ".") if rank else name
-        if not p.requires_grad:
-            continue
-        difference = (ours[stored] - p).norm() / p.norm()
-        assert difference <= 1e-5, f"{name}: {difference:.2e}"
+    ours = load_file(final / ("adapter_model.safetensors" if rank else "model.safetensors"))
+
+    def plain(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        other = load_model(name, device="cpu", dtype="float32")
+        examples = tokenized(other)
+        other.model.to(dtype)
+        module = plain_run(other, examples, 20, rate, rank)[1]
+        return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+    baseline = plain(torch.float32)
+    truth = plain(torch.float64) if rank else baseline
+    assert len(ours) == len(truth)
+    squares = [0.0, 0.0]
+    for name, p in truth.items():
+        stored = ours[name.replace(".default.", ".") if rank else name]
+        error, rounding = (stored - p).norm().item(), (baseline[name] - p).norm().item()
+        limit = max(1e-5 * p.norm().item(), 2 * rounding)
+        assert error <= limit, f"{name}: {error / p.norm():.2e}, plain PyTorch {rounding / p.norm():.2e}"
         moved = (p - before[name]).norm() / p.norm() if not rank else p.norm()
         assert moved > 1e-5, f"{name} did not move"
-        compared += 1
-    assert compared == len(ours)
+        squares = [squares[0] + error**2, squares[1] + rounding**2]
+    size = sum(p.norm().item() ** 2 for p in truth.values())
+    assert squares[0] <= max(1e-10 * size, squares[1]), "over all weights: to 1e-5, or as near to float64 as plain PyTorch"
 
 
 @pytest.mark.slow
