@@ -7,15 +7,16 @@ import torch
 from llmcore.kernels.linear_logprob_core import ARGMAX, ENTROPY, MEAN, SUM_SQ, VOCAB_BLOCK, Gradients, Head, Statistics
 from torch import Tensor
 
-_WAVE, _ROWS, _CHUNK = 512, 96, 128  # kWave, kRows and the hidden columns of one phase-3 task
+_WAVE, _KEPT_PANELS = 512, 8 << 20  # kWave, kHiddenPanelBytes
 
 
 def scratch_bytes(num_rows: int, hidden_size: int, vocab_size: int, half: bool) -> int:
-    """What one call allocates beside its results: a packed weight block, a wave of logits, a gradient block and one hidden gradient for
-    16-bit operands, per-thread tiles and per-row sums."""
-    threads = torch.get_num_threads()
-    shared = VOCAB_BLOCK * hidden_size * (2 if half else 1) + min(_WAVE, num_rows) * (VOCAB_BLOCK + 16)
-    private = threads * (_ROWS * (hidden_size + 32) + 32 * hidden_size + max(VOCAB_BLOCK, _WAVE) * _CHUNK)
+    """What one call allocates beside its results: a weight block packed twice, a wave of logits, the hidden rows packed (all of them while
+    that is small, else a wave), a gradient block and one hidden gradient for 16-bit operands, per-thread panels and per-row sums."""
+    threads, width = torch.get_num_threads(), -(-hidden_size // 32) * 32
+    packed_rows = num_rows if 4 * num_rows * width <= _KEPT_PANELS else min(_WAVE, num_rows)
+    shared = VOCAB_BLOCK * width * (3 if half else 2) + min(_WAVE, num_rows) * VOCAB_BLOCK + packed_rows * width + 16 * (width + VOCAB_BLOCK)
+    private = threads * 33 * width
     widened = 4 * (shared + private + (num_rows * hidden_size if half else 0)) + 160 * num_rows
     return max(widened, _bfloat16_scratch_bytes(num_rows, hidden_size, vocab_size, threads)) if half else widened
 

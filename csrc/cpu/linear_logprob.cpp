@@ -1,16 +1,18 @@
 // Fused linear log-probability on CPU: statistics of softmax(cap(s (H Wᵀ + b)) / τ) per row, and the gradients, without the logit matrix.
 //
 // Loop order: vocabulary blocks of 512 columns outside, waves of 512 rows inside, and in each wave three parallel phases between barriers:
-//   1  Z (rows x 512)  = H Wᵀ          over blocks of 96 rows, W packed once per vocabulary block
+//   1  Z (rows x 512)  = H Wᵀ          a few panels of columns a task
 //   2  row by row: bias, scale, cap, temperature, online statistics / gradient of the logits in place
-//   3  dH += dZ W, dW = dZᵀ H          over chunks of hidden columns
+//   3  dH += dZ W, dW = dZᵀ H          a few panels of hidden columns a task
+// Every operand of a product is a panel matrix [columns / NR][rows][NR] (linear_logprob_tile.h): Z is one, H is packed into one once a call where
+// that is small, the weight block into W (phase 3) and Wᵀ (phase 1) once a block. All register tiles then read memory that lies together.
 // Every sum is formed in an order fixed by the shapes alone (vocabulary blocks in order, rows in order), by one thread, without atomics: results are the same bits
 // for any number of threads, and a row's statistics for any batch around it. 16-bit operands are widened as they are packed (bfloat16 on a CPU with
 // dot products of it goes to linear_logprob_bf16.cpp); products, logits and sums
 // are float32 (float64 operands: float64), running sums over the vocabulary are float64. Scratch does not grow with the vocabulary.
 //
-// A hand-written register tile was chosen over the vendor's GEMM per tile: the vendor's result for a row depends on how many rows share the call
-// (the two were not timed against each other).
+// A hand-written register tile and not the vendor's GEMM per tile: the vendor's result for a row depends on how many rows share the call, and the
+// tile is not slower (12 x 32 on AVX-512: 160-185 GFLOP/s a thread on panels, where the vendor's product of the same sizes gave 140-165).
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -34,10 +36,9 @@ using torch::stable::Tensor;
 
 enum class Storage : int { kReal, kBFloat16, kHalf };
 
-constexpr int64_t kWave = 512;       // rows of a wave
-constexpr int64_t kRows = 96;        // rows of one phase-1 task, a multiple of every register tile's rows
-constexpr int64_t kPad = 16;         // keeps rows of a tile off each other's cache sets
-constexpr int64_t kLd = kBlock + kPad;
+constexpr int64_t kWave = 512;                     // rows of a wave
+constexpr int64_t kPad = 16;                       // keeps the panels of Z off each other's cache sets
+constexpr int64_t kHiddenPanelBytes = 8ll << 20;   // H stays packed for the whole call up to this size
 
 struct RowSums {
   double max = 0, sum = 0, shifted = 0, sum_sq = 0, sum_z = 0;
@@ -47,11 +48,12 @@ struct RowSums {
 template <typename real>
 struct Tile {
   int64_t nr;
-  void (*gemm_rows)(int64_t, int64_t, int64_t, const real*, int64_t, const real*, real*, int64_t, bool, bool);
-  void (*gemm_columns)(int64_t, int64_t, int64_t, const real*, int64_t, const real*, real*, int64_t, bool, bool);
+  void (*gemm_rows)(int64_t, int64_t, int64_t, const real*, int64_t, const real*, int64_t, real*, int64_t, int64_t, bool);
+  void (*gemm_columns)(int64_t, int64_t, int64_t, const real*, int64_t, const real*, int64_t, real*, int64_t, int64_t, bool);
   void (*convert_row)(const void*, Storage, int64_t, real*);
-  void (*pack_transposed)(const char*, Storage, int64_t, int64_t, int64_t, int64_t, real*, real*);
-  void (*pack_row)(const real*, int64_t, int64_t, int64_t, real*);
+  void (*transpose_panel)(const real*, int64_t, int64_t, real*);
+  void (*pack_row)(const real*, int64_t, real*, int64_t);
+  void (*unpack_row)(const real*, int64_t, int64_t, real*);
   void (*finish_logits)(real*, int64_t, const real*, const Transform&);
   void (*row_statistics)(real*, int64_t, int, const Transform&, real*, uint16_t*, bool, RowSums&);
   void (*row_gradient)(real*, int64_t, const Transform&, const uint16_t*, real, real, real, real, bool);
@@ -369,7 +371,7 @@ void touch_pages(char* data, int64_t bytes, int64_t threads) {
   });
 }
 
-// What both directions share: operands, the packed weight block and the wave of logits.
+// What both directions share: operands as panel matrices, and the wave of logits.
 template <typename real>
 struct Waves {
   const Tile<real>& k = tile<real>();
@@ -378,23 +380,55 @@ struct Waves {
   const int64_t* rows;
   const Transform transform;
   const int64_t threads;
-  const int64_t gather_ld;
-  Buffer<real> packed, z, gather, pack_rows, bias;
+  const int64_t padded_size;   // hidden columns, whole panels
+  const bool keeps_hidden;     // H is packed for all rows at once
+  const int64_t hidden_rows;   // rows that the packed H has room for
+  const int64_t z_stride, hidden_stride, weight_stride;
+  Buffer<real> transposed, weight_rows, panel_scratch, z, hidden_panels, row_buffer, bias;
   const std::optional<Tensor>& bias_tensor;
   int64_t start = 0, columns = 0;  // of the present vocabulary block
 
+  // needs_transposed / needs_rows: whether the call reads the weight as Wᵀ (logits) and as W (products with the logits' gradient).
   Waves(const Tensor& h, const Tensor& r, const Tensor& w, const std::optional<Tensor>& b, const Tensor& labels, double logit_scale, double softcap,
-        double temperature)
+        double temperature, bool needs_transposed, bool needs_rows)
       : shapes(check(h, r, w, b, labels)), hidden(h, kType<real>), weight(w, kType<real>), rows(static_cast<const int64_t*>(r.data_ptr())),
         transform{logit_scale, softcap, temperature, logit_scale == 1 && softcap == 0 && temperature == 1},
-        threads(std::max<int64_t>(1, torch::stable::get_num_threads())), gather_ld((shapes.hidden_size + 15) / 16 * 16 + kPad),
-        packed(kBlock * shapes.hidden_size), z(std::min(kWave, shapes.rows) * kLd), gather(threads * kRows * gather_ld),
-        pack_rows(threads * k.nr * shapes.hidden_size), bias(b ? kBlock + kPad : 0), bias_tensor(b) {}
+        threads(std::max<int64_t>(1, torch::stable::get_num_threads())), padded_size((shapes.hidden_size + k.nr - 1) / k.nr * k.nr),
+        keeps_hidden(shapes.rows * padded_size * int64_t(sizeof(real)) <= kHiddenPanelBytes),
+        hidden_rows(keeps_hidden ? shapes.rows : std::min(kWave, shapes.rows)), z_stride(std::min(kWave, shapes.rows) * k.nr + kPad),
+        hidden_stride(hidden_rows * k.nr + kPad), weight_stride(kBlock * k.nr + kPad), transposed(needs_transposed ? kBlock * shapes.hidden_size : 0),
+        weight_rows(needs_rows ? padded_size / k.nr * weight_stride : 0), panel_scratch(needs_rows ? 0 : threads * k.nr * padded_size), z(kBlock / k.nr * z_stride),
+        hidden_panels(padded_size / k.nr * hidden_stride), row_buffer(threads * shapes.hidden_size), bias(b ? kBlock + kPad : 0), bias_tensor(b) {
+    if (keeps_hidden) pack_hidden(0, shapes.rows);
+  }
 
-  const char* hidden_row(int64_t i) const { return hidden.data + rows[i] * hidden.row_bytes; }
+  // One row of an operand into a panel matrix.
+  void pack(const char* row, Storage storage, int64_t worker, real* out, int64_t stride) const {
+    const real* from = reinterpret_cast<const real*>(row);
+    if (storage != Storage::kReal) {
+      real* converted = row_buffer.get() + worker * shapes.hidden_size;
+      k.convert_row(row, storage, shapes.hidden_size, converted);
+      from = converted;
+    }
+    k.pack_row(from, shapes.hidden_size, out, stride);
+  }
 
-  // Pack the weight rows of one vocabulary block as columns, and its bias.
-  void begin_block(int64_t first, bool pack) {
+  void pack_hidden(int64_t begin, int64_t end) {
+    run_tasks((end - begin + 15) / 16, threads, [&](int64_t t, int64_t worker) {
+      for (int64_t i = begin + t * 16; i < std::min(end, begin + (t + 1) * 16); ++i)
+        pack(hidden.data + rows[i] * hidden.row_bytes, hidden.storage, worker, hidden_panels.get() + (i - begin) * k.nr, hidden_stride);
+    });
+  }
+
+  // Rows [wave, end) of H as a panel matrix.
+  const real* hidden_wave(int64_t wave) const { return hidden_panels.get() + (keeps_hidden ? wave * k.nr : 0); }
+
+  void begin_wave(int64_t wave, int64_t end) {
+    if (!keeps_hidden) pack_hidden(wave, end);
+  }
+
+  // Pack one vocabulary block's weight rows as the call reads them, and its bias.
+  void begin_block(int64_t first, bool needs_logits) {
     start = first;
     columns = std::min(kBlock, shapes.vocab_size - first);
     if (bias_tensor) {
@@ -403,29 +437,47 @@ struct Waves {
       k.convert_row(from, storage, columns, bias.get());
       std::fill(bias.get() + columns, bias.get() + kBlock + kPad, real(0));
     }
-    if (!pack) return;
     run_tasks((columns + k.nr - 1) / k.nr, threads, [&](int64_t panel, int64_t worker) {
-      k.pack_transposed(weight.data + start * weight.row_bytes, weight.storage, weight.row_bytes, columns, shapes.hidden_size, panel,
-                        pack_rows.get() + worker * k.nr * shapes.hidden_size, packed.get());
+      const int64_t row = panel * k.nr, count = std::min(k.nr, columns - row);
+      const bool keeps = weight_rows.get() != nullptr;
+      real* const block = keeps ? weight_rows.get() + row * k.nr : panel_scratch.get() + worker * k.nr * padded_size;
+      const int64_t stride = keeps ? weight_stride : k.nr * k.nr;
+      for (int64_t i = 0; i < count; ++i)
+        pack(weight.data + (start + row + i) * weight.row_bytes, weight.storage, worker, block + i * k.nr, stride);
+      if (!needs_logits) return;
+      for (int64_t i = count; i < k.nr; ++i)
+        for (int64_t p = 0; p < padded_size / k.nr; ++p) std::fill_n(block + p * stride + i * k.nr, k.nr, real(0));
+      k.transpose_panel(block, stride, shapes.hidden_size, transposed.get() + row * shapes.hidden_size);
     });
   }
 
-  // Phase 1: raw logits of rows [begin, end) into the wave's rows [begin - wave, …).
+  // Phase 1: raw logits of rows [begin, end) into the wave's panels. With many threads the rows are split too.
   void project(int64_t wave, int64_t begin, int64_t end) {
-    const int64_t blocks = (end - begin + kRows - 1) / kRows;
-    const int64_t splits = blocks >= 2 * threads ? 1 : std::min<int64_t>(4, (2 * threads + blocks - 1) / blocks);
-    const int64_t width = (kBlock / splits + k.nr - 1) / k.nr * k.nr;
-    run_tasks(blocks * splits, threads, [&](int64_t t, int64_t worker) {
-      const int64_t first = begin + t / splits * kRows, count = std::min(kRows, end - first);
-      const int64_t column = t % splits * width, n = std::min(width, columns - column);
-      if (n <= 0) return;
-      real* block = gather.get() + worker * kRows * gather_ld;
-      for (int64_t i = 0; i < count; ++i) k.convert_row(hidden_row(first + i), hidden.storage, shapes.hidden_size, block + i * gather_ld);
-      k.gemm_rows(count, n, shapes.hidden_size, block, gather_ld, packed.get() + column * shapes.hidden_size, z.get() + (first - wave) * kLd + column, kLd,
-                  false, true);
+    const int64_t panels = (columns + k.nr - 1) / k.nr, group = std::max<int64_t>(1, panels / (4 * threads)), groups = (panels + group - 1) / group;
+    const int64_t splits = std::max<int64_t>(1, std::min((2 * threads + groups - 1) / groups, (end - begin) / 48));
+    const int64_t share = ((end - begin + splits - 1) / splits + 11) / 12 * 12;
+    run_tasks(groups * splits, threads, [&](int64_t t, int64_t) {
+      const int64_t column = t % groups * group * k.nr, n = std::min(group * k.nr, columns - column);
+      const int64_t first = begin + t / groups * share, count = std::min(share, end - first);
+      if (count <= 0) return;
+      k.gemm_rows(count, n, shapes.hidden_size, hidden_wave(wave) + (first - wave) * k.nr, hidden_stride, transposed.get() + column * shapes.hidden_size,
+                  shapes.hidden_size * k.nr, z.get() + column / k.nr * z_stride + (first - wave) * k.nr, k.nr, z_stride, false);
     });
   }
+
+  // Phase 3, one task: columns [first, first + width) of into (rows of ldc) = or += Z · W, and of Zᵀ · H.
+  void times_weight(int64_t count, int64_t first, int64_t width, real* into) const {
+    k.gemm_rows(count, width, columns, z.get(), z_stride, weight_rows.get() + first / k.nr * weight_stride, weight_stride, into, shapes.hidden_size, k.nr,
+                true);
+  }
+  void times_hidden(int64_t wave, int64_t count, int64_t first, int64_t width, real* into, bool accumulate) const {
+    k.gemm_columns(columns, width, count, z.get(), z_stride, hidden_wave(wave) + first / k.nr * hidden_stride, hidden_stride, into, shapes.hidden_size, k.nr,
+                   accumulate);
+  }
 };
+
+// Hidden columns of one phase-3 task: whole panels of every register tile.
+int64_t hidden_chunk(int64_t threads) { return threads <= 4 ? 128 : 64; }
 
 int64_t row_tasks(int64_t rows) { return (rows + 15) / 16; }
 
@@ -433,7 +485,7 @@ template <typename real>
 void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, int64_t vocab_start,
              double logit_scale, double softcap, double temperature, int64_t want, const Tensor& stats, const Tensor& argmax,
              const std::optional<Tensor>& resident, const std::optional<Tensor>& offsets, const std::optional<Tensor>& direction) {
-  Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature);
+  Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature, true, direction.has_value());
   const auto [m, d, v] = w.shapes;
   STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Double && stats.is_contiguous() && stats.numel() == 6 * m, "linear_logprob: stats must be (6, M) float64");
   double* const row_max = static_cast<double*>(stats.data_ptr());
@@ -449,17 +501,18 @@ void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, con
   float* offset = optional_data<float>(offsets);
   real* u = optional_data<real>(direction);
   if (u != nullptr) std::fill(u, u + m * d, real(0));
-  const int64_t chunk = w.threads <= 4 ? 128 : 64, chunks = (d + chunk - 1) / chunk;
-  Buffer<real> weight_chunk(u != nullptr ? w.threads * kBlock * chunk : 0), weight_row(u != nullptr ? w.threads * d : 0);
+  const int64_t chunk = hidden_chunk(w.threads), chunks = (d + chunk - 1) / chunk;
 
   for (int64_t start = 0; start < v; start += kBlock) {
     w.begin_block(start, true);
     for (int64_t wave = 0; wave < m; wave += kWave) {
       const int64_t end = std::min(m, wave + kWave);
+      w.begin_wave(wave, end);
       w.project(wave, wave, end);
       run_tasks(row_tasks(end - wave), w.threads, [&](int64_t t, int64_t) {
+        alignas(64) real z[kBlock];
         for (int64_t i = wave + t * 16; i < std::min(end, wave + (t + 1) * 16); ++i) {
-          real* z = w.z.get() + (i - wave) * kLd;
+          w.k.unpack_row(w.z.get() + (i - wave) * w.k.nr, w.z_stride, w.columns, z);
           w.k.finish_logits(z, w.columns, w.bias.get(), w.transform);
           const int64_t local = label[i] - vocab_start - start;
           if (local >= 0 && local < w.columns) target[i] = z[local];
@@ -479,21 +532,15 @@ void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, con
           row_max[i] = top;
           if (u != nullptr) {
             if (b != 1) w.k.scale_row(z, w.columns, static_cast<real>(b));
+            w.k.pack_row(z, w.columns, w.z.get() + (i - wave) * w.k.nr, w.z_stride);
             if (start > 0 && a != 1) w.k.scale_row(u + i * d, d, static_cast<real>(a));
           }
         }
       });
       if (u == nullptr) continue;
-      run_tasks(chunks, w.threads, [&](int64_t t, int64_t worker) {
-        const int64_t first = t * chunk, width = std::min(chunk, d - first);
-        real* block = weight_chunk.get() + worker * kBlock * chunk;
-        real* row = weight_row.get() + worker * d;
-        for (int64_t c = 0; c < w.columns; ++c) {
-          const char* from = w.weight.data + (start + c) * w.weight.row_bytes;
-          w.k.convert_row(from + first * (w.weight.storage == Storage::kReal ? sizeof(real) : 2), w.weight.storage, width, row);
-          w.k.pack_row(row, width, c, w.columns, block);
-        }
-        w.k.gemm_rows(end - wave, width, w.columns, w.z.get(), kLd, block, u + wave * d + first, d, true, false);
+      run_tasks(chunks, w.threads, [&](int64_t t, int64_t) {
+        const int64_t first = t * chunk;
+        w.times_weight(end - wave, first, std::min(chunk, d - first), u + wave * d + first);
       });
     }
   }
@@ -516,7 +563,10 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
               const Tensor& prob_coef_t, const std::optional<Tensor>& slope_t, const std::optional<Tensor>& resident,
               const std::optional<Tensor>& offsets, const std::optional<Tensor>& slots_t, const std::optional<Tensor>& grad_hidden,
               const std::optional<Tensor>& grad_weight, bool accumulate_weight, const std::optional<Tensor>& grad_bias) {
-  Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature);
+  const int64_t* slots = optional_data<int64_t>(slots_t);
+  int64_t stored = 0;  // stored rows come first
+  if (resident && slots) while (stored < rows.size(0) && slots[stored] >= 0) ++stored;
+  Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature, stored < rows.size(0), grad_hidden.has_value());
   const auto [m, d, v] = w.shapes;
   for (const Tensor* t : {&lse_t, &target_t, &target_coef_t, &prob_coef_t})
     STD_TORCH_CHECK(t->scalar_type() == kType<real> && t->is_contiguous() && t->numel() == m, "linear_logprob: row vectors must be (M,) of the accumulation dtype");
@@ -524,12 +574,9 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
   const real *target_coef = static_cast<const real*>(target_coef_t.data_ptr()), *prob_coef = static_cast<const real*>(prob_coef_t.data_ptr());
   const real* slope = optional_data<real>(slope_t);
   const int64_t* label = static_cast<const int64_t*>(labels.data_ptr());
-  const int64_t* slots = optional_data<int64_t>(slots_t);
   const real* kept_real = resident && !offsets ? static_cast<const real*>(resident->data_ptr()) : nullptr;
   const uint16_t* kept_half = resident && offsets ? static_cast<const uint16_t*>(resident->data_ptr()) : nullptr;
   const float* offset = optional_data<float>(offsets);
-  int64_t stored = 0;  // stored rows come first
-  if (resident && slots) while (stored < m && slots[stored] >= 0) ++stored;
   real* dh = optional_data<real>(grad_hidden);
   if (dh != nullptr) std::fill(dh, dh + m * d, real(0));
   real* db = optional_data<real>(grad_bias);
@@ -540,8 +587,7 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
   const bool in_place = needs_weight && weight_type == kType<real> && grad_weight->is_contiguous();
   const int64_t element = weight_type == ScalarType::Double ? 8 : weight_type == ScalarType::Float ? 4 : 2;
   Buffer<real> dw_block(needs_weight && !in_place ? kBlock * d : 0);
-  const int64_t chunk = w.threads <= 4 ? 128 : 64, chunks = (d + chunk - 1) / chunk;
-  Buffer<real> operand(w.threads * std::max(kBlock, kWave) * chunk), row_buffer(w.threads * chunk);
+  const int64_t chunk = hidden_chunk(w.threads), chunks = (d + chunk - 1) / chunk;
   const int64_t tiles = (v + kBlock - 1) / kBlock;
   const double chain_at = logit_scale / temperature;
 
@@ -551,13 +597,16 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
       touch_pages(static_cast<char*>(grad_weight->data_ptr()) + start * d * sizeof(real), w.columns * d * sizeof(real), w.threads);
     for (int64_t wave = 0; wave < m; wave += kWave) {
       const int64_t end = std::min(m, wave + kWave);
+      w.begin_wave(wave, end);
       if (end > stored) w.project(wave, std::max(wave, stored), end);
       run_tasks(row_tasks(end - wave), w.threads, [&](int64_t t, int64_t) {
+        alignas(64) real z[kBlock];
         for (int64_t i = wave + t * 16; i < std::min(end, wave + (t + 1) * 16); ++i) {
-          real* z = w.z.get() + (i - wave) * kLd;
+          real* panels = w.z.get() + (i - wave) * w.k.nr;
           const uint16_t* half = nullptr;
           real row_offset = 0;
           if (i >= stored) {
+            w.k.unpack_row(panels, w.z_stride, w.columns, z);
             w.k.finish_logits(z, w.columns, w.bias.get(), w.transform);
           } else if (kept_half != nullptr) {
             half = kept_half + slots[i] * v + start;
@@ -572,30 +621,18 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
             const double ratio = softcap ? target[i] * temperature / softcap : 0.0;
             z[local] = static_cast<real>((target_coef[i] - p * (prob_coef[i] + (slope ? slope[i] * target[i] : real(0)))) * chain_at * (1 - ratio * ratio));
           }
+          w.k.pack_row(z, w.columns, panels, w.z_stride);
         }
       });
       const bool last = end == m, first_wave = wave == 0;
       const int64_t hidden_tasks = dh != nullptr ? chunks : 0, weight_tasks = needs_weight ? chunks : 0;
-      run_tasks(hidden_tasks + weight_tasks + (db != nullptr ? 1 : 0), w.threads, [&](int64_t t, int64_t worker) {
-        if (t >= hidden_tasks + weight_tasks) return w.k.add_column_sums(w.z.get(), kLd, end - wave, w.columns, db + start);
+      run_tasks(hidden_tasks + weight_tasks + (db != nullptr ? 1 : 0), w.threads, [&](int64_t t, int64_t) {
+        if (t >= hidden_tasks + weight_tasks) return w.k.add_column_sums(w.z.get(), w.z_stride, end - wave, w.columns, db + start);
         const bool for_hidden = t < hidden_tasks;
         const int64_t first = (for_hidden ? t : t - hidden_tasks) * chunk, width = std::min(chunk, d - first);
-        real* block = operand.get() + worker * std::max(kBlock, kWave) * chunk;
-        real* row = row_buffer.get() + worker * chunk;
-        const Operand& from = for_hidden ? w.weight : w.hidden;
-        const int64_t count = for_hidden ? w.columns : end - wave, skip = first * (from.storage == Storage::kReal ? sizeof(real) : 2);
-        for (int64_t r = 0; r < count; ++r) {
-          const char* source = (for_hidden ? from.data + (start + r) * from.row_bytes : w.hidden_row(wave + r)) + skip;
-          if (from.storage == Storage::kReal) {
-            w.k.pack_row(reinterpret_cast<const real*>(source), width, r, count, block);
-          } else {
-            w.k.convert_row(source, from.storage, width, row);
-            w.k.pack_row(row, width, r, count, block);
-          }
-        }
-        if (for_hidden) return w.k.gemm_rows(end - wave, width, w.columns, w.z.get(), kLd, block, dh + wave * d + first, d, true, false);
+        if (for_hidden) return w.times_weight(end - wave, first, width, dh + wave * d + first);
         real* into = in_place ? static_cast<real*>(grad_weight->data_ptr()) + start * d + first : dw_block.get() + first;
-        w.k.gemm_columns(w.columns, width, end - wave, w.z.get(), kLd, block, into, d, !first_wave || (in_place && accumulate_weight), false);
+        w.times_hidden(wave, end - wave, first, width, into, !first_wave || (in_place && accumulate_weight));
         if (!in_place && last)
           for (int64_t c = 0; c < w.columns; ++c)
             store_row(w.k, into + c * d, width, static_cast<char*>(grad_weight->data_ptr()) + ((start + c) * grad_weight->stride(0) + first) * element, weight_type,

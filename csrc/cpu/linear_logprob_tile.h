@@ -9,8 +9,12 @@
 
 namespace TILE_NAMESPACE {
 
-// C (mr x kNR) = or += A (mr x kc) · B (kc x kNR, packed). A is read as a[i * stride + k] (kAlongK) or a[k * stride + i].
-template <int mr, bool kAlongK>
+// A panel matrix X holds rows x columns as [ceil(columns / kNR)][rows][kNR], panels `stride` elements apart. A product reads it as A = X
+// (kRowsOfX: k runs along a panel's lines, then to the next panel) or as A = Xᵀ (k runs down a panel); both walk memory that lies together.
+enum class Read { kRowsOfX, kColumnsOfX };
+
+// C (mr x kNR) = or += A (mr x kc) · B (kc x kNR, one panel). In kColumnsOfX the mr rows of A lie in one panel.
+template <int mr, Read how>
 inline void micro(int64_t kc, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate) {
   constexpr int kVecs = kNR / Vec::kWidth;
   Vec acc[mr][kVecs];
@@ -18,16 +22,23 @@ inline void micro(int64_t kc, const real* a, int64_t stride, const real* b, real
   for (int i = 0; i < mr; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec::set1(0);
-  for (int64_t k = 0; k < kc; ++k) {
-    Vec bv[kVecs];
+  constexpr bool kRowsOfX = how == Read::kRowsOfX;
+  for (int64_t k0 = 0; k0 < kc; k0 += kNR) {
+    const int64_t width = kc - k0 < kNR ? kc - k0 : kNR;
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) bv[j] = Vec::load(b + k * kNR + j * Vec::kWidth);
+    for (int64_t k = 0; k < width; ++k) {
+      Vec bv[kVecs];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) bv[j] = Vec::load(b + k * kNR + j * Vec::kWidth);
 #pragma GCC unroll 16
-    for (int i = 0; i < mr; ++i) {
-      const Vec av = Vec::set1(kAlongK ? a[i * stride + k] : a[k * stride + i]);
+      for (int i = 0; i < mr; ++i) {
+        const Vec av = Vec::set1(kRowsOfX ? a[i * kNR + k] : a[k * kNR + i]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec::fma(av, bv[j], acc[i][j]);
+        for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec::fma(av, bv[j], acc[i][j]);
+      }
     }
+    a += kRowsOfX ? stride : kNR * kNR;
+    b += kNR * kNR;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < mr; ++i)
@@ -38,33 +49,38 @@ inline void micro(int64_t kc, const real* a, int64_t stride, const real* b, real
     }
 }
 
-template <bool kAlongK, int mr = kMR>
+template <Read how, int mr = kMR>
 inline void micro_edge(int rows, int64_t kc, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate) {
-  if (rows == mr) return micro<mr, kAlongK>(kc, a, stride, b, c, ldc, accumulate);
-  if constexpr (mr > 1) micro_edge<kAlongK, mr - 1>(rows, kc, a, stride, b, c, ldc, accumulate);
+  if (rows == mr) return micro<mr, how>(kc, a, stride, b, c, ldc, accumulate);
+  if constexpr (mr > 1) micro_edge<how, mr - 1>(rows, kc, a, stride, b, c, ldc, accumulate);
 }
 
-// C (m x n) = or += A (m x k) · B, B packed in panels [ceil(n / kNR)][k][kNR] with zeros past n. With `padded`, C may be written up to the panel's end.
-template <bool kAlongK>
-void gemm(int64_t m, int64_t n, int64_t k, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate, bool padded) {
+// C (m x n) = or += A (m x k) · B. A is a panel matrix read as `how` says, B one of k rows with panels `b_stride` apart; C is rows of `ldc`
+// with panels `c_stride` apart: a panel matrix (ldc = kNR, written up to the last panel's end) or rows in memory (c_stride = kNR).
+template <Read how>
+void gemm(int64_t m, int64_t n, int64_t k, const real* a, int64_t a_stride, const real* b, int64_t b_stride, real* c, int64_t ldc, int64_t c_stride,
+          bool accumulate) {
   // B's chunk of one panel and the lines of A that a register tile touches stay in the first-level cache together.
   constexpr int64_t kChunk = 256;
+  static_assert(kChunk % kNR == 0);
+  const bool padded = ldc == kNR;
   alignas(64) real edge[kMR * kNR];
   for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
     const int64_t kc = k - k0 < kChunk ? k - k0 : kChunk;
     const bool add = accumulate || k0 > 0;
     for (int64_t j = 0; j < n; j += kNR) {
-      const real* panel = b + (j / kNR) * k * kNR + k0 * kNR;
+      const real* panel = b + (j / kNR) * b_stride + k0 * kNR;
       const int64_t columns = n - j < kNR ? n - j : kNR;
-      for (int64_t i = 0; i < m; i += kMR) {
-        const int rows = static_cast<int>(m - i < kMR ? m - i : kMR);
-        const real* from = kAlongK ? a + i * stride + k0 : a + k0 * stride + i;
-        real* to = c + i * ldc + j;
+      for (int64_t i = 0, rows; i < m; i += rows) {
+        rows = m - i < kMR ? m - i : kMR;
+        if (how == Read::kColumnsOfX && rows > kNR - i % kNR) rows = kNR - i % kNR;
+        const real* from = how == Read::kRowsOfX ? a + (k0 / kNR) * a_stride + i * kNR : a + (i / kNR) * a_stride + k0 * kNR + i % kNR;
+        real* to = c + (j / kNR) * c_stride + i * ldc;
         if (columns == kNR || padded) {
-          micro_edge<kAlongK>(rows, kc, from, stride, panel, to, ldc, add);
+          micro_edge<how>(static_cast<int>(rows), kc, from, a_stride, panel, to, ldc, add);
         } else {
-          micro_edge<kAlongK>(rows, kc, from, stride, panel, edge, kNR, false);
-          for (int r = 0; r < rows; ++r)
+          micro_edge<how>(static_cast<int>(rows), kc, from, a_stride, panel, edge, kNR, false);
+          for (int64_t r = 0; r < rows; ++r)
             for (int64_t q = 0; q < columns; ++q) to[r * ldc + q] = (add ? to[r * ldc + q] : real(0)) + edge[r * kNR + q];
         }
       }
@@ -72,7 +88,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const real* a, int64_t stride, const 
   }
   if (k == 0 && !accumulate)
     for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < n; ++j) c[i * ldc + j] = 0;
+      for (int64_t j = 0; j < n; ++j) c[(j / kNR) * c_stride + i * ldc + j % kNR] = 0;
 }
 
 // One row of an operand in the accumulation type.
@@ -100,33 +116,33 @@ inline void convert_row(const void* source, Storage storage, int64_t n, real* ou
   }
 }
 
-// Panels of weight rows as columns: out[panel][k][kNR], the transpose of rows [first, first + count) of a (rows, hidden_size) operand.
-inline void pack_transposed(const char* source, Storage storage, int64_t row_bytes, int64_t count, int64_t hidden_size, int64_t panel, real* row_buffer,
-                            real* out) {
-  const int64_t first = panel * kNR, rows = count - first < kNR ? count - first : kNR;
-  for (int64_t j = 0; j < kNR; ++j) {
-    real* row = row_buffer + j * hidden_size;
-    if (j < rows) convert_row(source + (first + j) * row_bytes, storage, hidden_size, row);
-    else for (int64_t k = 0; k < hidden_size; ++k) row[k] = 0;
-  }
-  real* to = out + panel * hidden_size * kNR;
-  int64_t k = 0;
+// Rows [0, kNR) of a panel matrix transposed: out[k][kNR], element (k, j) = column k of row j.
+inline void transpose_panel(const real* rows, int64_t stride, int64_t hidden_size, real* out) {
+  for (int64_t k0 = 0; k0 < hidden_size; k0 += kNR, rows += stride, out += kNR * kNR) {
+    const int64_t width = hidden_size - k0 < kNR ? hidden_size - k0 : kNR;
+    int64_t k = 0;
 #if defined(TILE_TRANSPOSE8)
-  for (; k + 8 <= hidden_size; k += 8)
-    for (int64_t j = 0; j < kNR; j += 8) TILE_TRANSPOSE8(row_buffer + j * hidden_size + k, hidden_size, to + k * kNR + j, kNR);
+    for (; k + 8 <= width; k += 8)
+      for (int64_t j = 0; j < kNR; j += 8) TILE_TRANSPOSE8(rows + j * kNR + k, kNR, out + k * kNR + j, kNR);
 #endif
-  for (; k < hidden_size; ++k)
-    for (int64_t j = 0; j < kNR; ++j) to[k * kNR + j] = row_buffer[j * hidden_size + k];
+    for (; k < width; ++k)
+      for (int64_t j = 0; j < kNR; ++j) out[k * kNR + j] = rows[j * kNR + k];
+  }
 }
 
-// Panels of columns [begin, begin + width) of one row: out[panel][row][kNR] for a block of `block_rows` rows.
-inline void pack_row(const real* row, int64_t width, int64_t index, int64_t block_rows, real* out) {
-  for (int64_t j = 0; j < width; j += kNR) {
-    real* to = out + (j / kNR) * block_rows * kNR + index * kNR;
-    const int64_t columns = width - j < kNR ? width - j : kNR;
-    for (int64_t q = 0; q < columns; ++q) to[q] = row[j + q];
-    for (int64_t q = columns; q < kNR; ++q) to[q] = 0;
-  }
+// One row of a panel matrix, zeros past `width`; panels `stride` apart.
+inline void pack_row(const real* row, int64_t width, real* out, int64_t stride) {
+  int64_t j = 0;
+  for (; j + kNR <= width; j += kNR, out += stride)
+    for (int64_t q = 0; q < kNR; ++q) out[q] = row[j + q];
+  if (j < width)
+    for (int64_t q = 0; q < kNR; ++q) out[q] = j + q < width ? row[j + q] : real(0);
+}
+
+// The inverse, up to the last panel's end.
+inline void unpack_row(const real* panels, int64_t stride, int64_t width, real* out) {
+  for (int64_t j = 0; j < width; j += kNR, panels += stride)
+    for (int64_t q = 0; q < kNR; ++q) out[j + q] = panels[q];
 }
 
 // z = cap(scale · (a + bias)) / temperature over one row of a tile; the row's buffer is a multiple of kNR wide.
@@ -254,13 +270,17 @@ inline void scale_row(real* row, int64_t n, real factor) {
   for (int64_t j = 0; j < n; ++j) row[j] *= factor;
 }
 
-// Sums over rows of a tile, added to out: the bias gradient.
-inline void add_column_sums(const real* tile, int64_t ld, int64_t rows, int64_t n, real* out) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < n; ++j) out[j] += tile[r * ld + j];
+// Sums over the rows of a panel matrix, added to out: the bias gradient.
+inline void add_column_sums(const real* panels, int64_t stride, int64_t rows, int64_t n, real* out) {
+  for (int64_t j = 0; j < n; j += kNR, panels += stride) {
+    const int64_t columns = n - j < kNR ? n - j : kNR;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t q = 0; q < columns; ++q) out[j + q] += panels[r * kNR + q];
+  }
 }
 
-inline constexpr Tile<real> kTile{kNR,        gemm<true>,     gemm<false>,  convert_row, pack_transposed, pack_row, finish_logits,
-                                  row_statistics, row_gradient, store_half_row, scale_row, add_column_sums};
+inline constexpr Tile<real> kTile{kNR,           gemm<Read::kRowsOfX>, gemm<Read::kColumnsOfX>, convert_row,    transpose_panel, pack_row,
+                                  unpack_row,    finish_logits,        row_statistics,          row_gradient,   store_half_row,  scale_row,
+                                  add_column_sums};
 
 }  // namespace TILE_NAMESPACE
