@@ -15,7 +15,8 @@ def scratch_bytes(num_rows: int, hidden_size: int, vocab_size: int, half: bool) 
     that is small, else a wave), a gradient block and one hidden gradient for 16-bit operands, per-thread panels and per-row sums."""
     threads, width = torch.get_num_threads(), -(-hidden_size // 32) * 32
     packed_rows = num_rows if 4 * num_rows * width <= _KEPT_PANELS else min(_WAVE, num_rows)
-    shared = VOCAB_BLOCK * width * (3 if half else 2) + min(_WAVE, num_rows) * VOCAB_BLOCK + packed_rows * width + 16 * (width + VOCAB_BLOCK)
+    wave = min(_WAVE, num_rows) * VOCAB_BLOCK
+    shared = VOCAB_BLOCK * width * (3 if half else 2) + wave + packed_rows * width + 16 * (width + VOCAB_BLOCK)
     private = threads * 33 * width
     widened = 4 * (shared + private + (num_rows * hidden_size if half else 0)) + 160 * num_rows
     return max(widened, _bfloat16_scratch_bytes(num_rows, hidden_size, vocab_size, threads)) if half else widened
