@@ -360,7 +360,7 @@ def _named(plan: FlowPlan, chosen: set[str], sums: Sums) -> SaliencyFlow:
         result["col_sum"] = sums.column_bins.sum(-2)
     if "matrix" in chosen:
         result["matrix"] = sums.matrix
-    return SaliencyFlow(count=plan.count, box=plan.box, pairs=wanted, **result)
+    return SaliencyFlow(count=plan.visible_count, box=plan.box, pairs=wanted, **result)
 
 
 def saliency_flow(

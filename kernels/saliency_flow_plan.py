@@ -61,7 +61,7 @@ class FlowPlan(NamedTuple):
     outputs: tuple[str, ...]
     exclude_diagonal: bool
     visible: Visibility
-    count: Tensor  # as in SaliencyFlow
+    visible_count: Tensor  # as in SaliencyFlow
     box: Tensor
     # As the operator takes them; one more segment on a side whose tokens without a segment are needed.
     key_valid: Tensor | None
@@ -108,7 +108,8 @@ def plan_saliency_flow(
         if t is not None and t.device != device:
             raise ValueError(f"{name} must be on row_segments' device {device}, got {t.device}")
     check_masks(batch, n, m, window, key_mask, cu_seqlens_q, cu_seqlens_k)
-    options = {"causal": causal, "q_offset": q_offset, "window": window, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    options: dict[str, Any] = {"causal": causal, "q_offset": q_offset, "window": window}
+    options |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     visible = visible_ranges(batch, n, m, device=device, **options)
     count, box = pair_counts(visible, row_segments, col_segments, rows_in, cols_in, key_mask=key_mask, exclude_diagonal=exclude_diagonal)
     wanted = None if pairs is None else pairs.bool()
@@ -144,7 +145,7 @@ def plan_saliency_flow(
         outputs=tuple(outputs),
         exclude_diagonal=exclude_diagonal,
         visible=visible,
-        count=count,
+        visible_count=count,
         box=box,
         key_valid=None if key_mask is None else key_mask.bool().to(torch.uint8).contiguous(),
         row_ids=(torch.where(row_segments < 0, rows_in, row_segments) if row_bucket else row_segments).int().contiguous(),
