@@ -57,7 +57,7 @@ def extensions() -> tuple[list, dict]:
         def run(self):
             try:
                 super().run()
-            except Exception as error:
+            except Exception as error:  # compilers and torch fail in many types; said aloud below, an error with LLMCORE_BUILD_EXT=1
                 if WANTED == "1":
                     raise
                 say(f"building failed ({type(error).__name__}: {error}); installing pure Python, CPU kernels use their torch versions")

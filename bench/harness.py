@@ -168,7 +168,7 @@ def _serve(connection: Any, build: Callable[..., Callable[[], Any]], args: tuple
             del result
     except EOFError:  # the measuring process went away
         return
-    except Exception as error:
+    except Exception as error:  # raised again in the measuring process
         connection.send(f"{type(error).__name__}: {error}")
 
 

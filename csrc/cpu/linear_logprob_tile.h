@@ -1,4 +1,4 @@
-// Tile kernels of the fused linear log-probability, included once per instruction set by linear_logprob.cpp.
+// Tile kernels of the fused linear log-probability, included once per instruction set by linear_logprob_isa.h.
 //
 // The includer defines TILE_NAMESPACE, the accumulation type `real`, kMR x kNR (rows x columns of the register tile) and struct Vec:
 // kWidth lanes of `real` with load, store, set1, fma, add, mul, max, exp, tanh and reductions in a fixed order. Everything here is free of tensors and,

@@ -45,7 +45,7 @@ def _attention(
     if plan is None:
         raise RuntimeError("this model is being decoded by llmcore in another thread; give each thread its own copy or its turn")
     if s_aux is not None:  # met while the model is probed (`_compare_paths`): such a model takes the recompute path
-        raise NotImplementedError("attention sinks")
+        raise NotImplementedError("the shared path has no attention sinks (s_aux)")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return plan(module.layer_idx, query, key, value, scale, softcap, sliding_window), None
 
@@ -192,7 +192,7 @@ class Decoder:
         self._probe = self.model(input_ids=ids[None], use_cache=False).logits[0, -1]
         try:
             other = self.model(inputs_embeds=self.embedding(ids)[None], use_cache=False).logits[0, -1]
-        except Exception as error:
+        except Exception as error:  # the forward is the model's own code and may refuse in any way
             raise TypeError(f"model must accept inputs_embeds, and {type(self.model).__name__} failed on them: {error}") from error
         gap = float((other.float() - self._probe.float()).abs().max())
         if not gap <= self._tolerance(self._probe):
@@ -230,8 +230,8 @@ class Decoder:
                 for node in nodes:
                     node.depth += 1
             gap = float((logits.float() - self._probe.float()).abs().max())
-        except Exception as error:
-            return f"{type(self.model).__name__} does not go through transformers' attention interface ({type(error).__name__}: {error})"
+        except Exception as error:  # whatever breaks in the model's own code, its own forward serves it; the reason is reported
+            return f"{type(self.model).__name__} cannot run on the shared path ({type(error).__name__}: {error})"
         if not gap <= self._tolerance(self._probe):
             return f"{type(self.model).__name__} disagrees with its own forward by {gap:.3g} on the shared path"
         return ""

@@ -66,7 +66,7 @@ def guard(
         detector = Detector(model, config, threshold=_threshold(model, calibration, config), keep=True)
         prepared = detector.run([query], [query_id])[0]
         verdict = verdict_of(prepared)
-    except Exception as error:
+    except Exception as error:  # fails closed: an error that passed here would let the query through
         return GuardedAnswer(message, True, None, "error", f"{type(error).__name__}: {error}")
     if verdict.rejected:
         return GuardedAnswer(message, True, verdict, "rejected")

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -30,25 +27,15 @@ from llmcore.losses import DPO
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu")
+pytestmark = pytest.mark.usefixtures("quiet_numpy")
 served = pytest.mark.skipif(
     DEVICE.type == "cpu" and not INTERPRETING, reason="runs in the interpreter's process, see test_in_the_interpreter"
 )
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRETING, reason="these tests run on the GPU, or already in the interpreter")
-def test_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).resolve().parents[2])
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
-
-
-@pytest.fixture(autouse=True)
-def quiet_numpy():
-    """The interpreter computes both branches of every `where` in NumPy; the discarded one may divide by zero."""
-    with np.errstate(all="ignore"):
-        yield
+def test_in_the_interpreter(in_the_interpreter):
+    in_the_interpreter(__file__)
 
 
 def _inside_triton() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -269,14 +268,10 @@ def _refuse_triton(good: torch.Tensor) -> None:
 
 
 @pytest.mark.skipif(backends.interpreting(), reason="this is the interpreter's run")
-def test_triton_in_the_interpreter():
-    """The same comparisons with TRITON_INTERPRET=1, which must be set before Python starts."""
+def test_triton_in_the_interpreter(in_the_interpreter):
+    """The same comparisons in Triton's interpreter."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", "interpreted", __file__], capture_output=True, text=True,
-                         env=environment, cwd=Path(__file__).parents[2])
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "skipped" not in run.stdout
+    assert "skipped" not in in_the_interpreter(__file__, "-k", "interpreted")
 
 
 @pytest.mark.skipif(not backends.interpreting(), reason="run by test_triton_in_the_interpreter")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -52,12 +51,8 @@ def _numpy_row(seed: int, j: int, dim: int) -> np.ndarray:
 
 
 @pytest.mark.skipif(INTERPRETING or importlib.util.find_spec("triton") is None, reason="needs triton; already in the interpreter")
-def test_triton_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "triton", __file__]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).resolve().parents[2])
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+def test_triton_in_the_interpreter(in_the_interpreter):
+    in_the_interpreter(__file__, "-k", "triton")
 
 
 @pytest.mark.parametrize(("key", "counter", "expected"), [
