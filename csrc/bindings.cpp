@@ -13,12 +13,12 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def(
       "linear_logprob_fwd(Tensor hidden, Tensor rows, Tensor weight, Tensor? bias, Tensor labels, int vocab_start, float logit_scale, "
       "float softcap, float temperature, int want, Tensor(a!) stats, Tensor(b!) argmax, Tensor(c!)? resident, Tensor(d!)? offsets, "
-      "Tensor(e!)? direction) -> ()");
+      "Tensor(e!)? direction, Tensor(f!)? store, int kept) -> ()");
   m.def(
       "linear_logprob_bwd(Tensor hidden, Tensor rows, Tensor weight, Tensor? bias, Tensor labels, int vocab_start, float logit_scale, "
       "float softcap, float temperature, Tensor lse, Tensor target, Tensor target_coef, Tensor prob_coef, Tensor? slope, Tensor? resident, "
       "Tensor? offsets, Tensor? slots, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, bool accumulate_weight, "
-      "Tensor(c!)? grad_bias) -> ()");
+      "Tensor(c!)? grad_bias, Tensor? store) -> ()");
   m.def(
       "saliency_flow_fwd(Tensor query, Tensor key, Tensor value, Tensor grad, Tensor lse, Tensor low, Tensor high, Tensor? diagonal, Tensor? key_valid, "
       "Tensor row_segment, Tensor column_segment, Tensor pairs, float scale, float softcap, int outputs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -210,6 +210,10 @@ def fused_linear_logprob(
     if differentiates and not direction and mode != "recompute":
         limit = memory_budget if memory_budget is not None else AUTO_BUDGET if mode == "auto" else None
         capacity = num_rows if limit is None else min(num_rows, max(0, limit - scratch) // row_bytes)
+    # Kept rows that lie in the memory of the gradient to come. One operator may not write over another's result inside a compiled graph.
+    in_gradient = 0
+    if served_by == "cpp" and capacity and need_weight and accumulate_into is None and not compiling:
+        in_gradient = min(capacity, _implementation(served_by).rows_in_gradient(hidden_states, weight))
     taken = "score" if not differentiates else "recompute" if not capacity else "resident" if compiling or capacity == num_rows else "mixed"
     stats = Stats(None if compiling else num_rows, num_labels, taken, scratch + capacity * row_bytes, served_by)
     record = 0
@@ -235,6 +239,7 @@ def fused_linear_logprob(
         float(temperature),
         want,
         capacity,
+        in_gradient,
         direction,
         0.0 if grad_filter is None or not differentiates else float(grad_filter),
         vocab_start,

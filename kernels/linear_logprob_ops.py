@@ -76,6 +76,7 @@ def _forward(
     temperature: float,
     want: int,
     capacity: int,
+    in_gradient: int,
     direction: bool,
     grad_filter: float,
     vocab_start: int,
@@ -83,12 +84,15 @@ def _forward(
     group: str,
     backend: str,
     record: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """capacity: rows whose logits are kept. The first in_gradient of them lie in the memory of the weight's gradient to come, the last result,
+    which the backward writes its gradient over; 0 makes that result empty."""
     scored_index = _scored(labels, label_mask, cu_seqlens, ignore_index, shift).reshape(-1).nonzero()[:, 0]
     head, _ = _head(hidden, weight, bias, labels, scored_index, shift, vocab_start, logit_scale, softcap, temperature)
     _check_labels(head.labels, 0, vocab_total if vocab_total >= 0 else None)
     num_rows, dtype = len(scored_index), head.stat_dtype
-    resident_rows = min(num_rows, capacity)
+    resident_rows, apart = min(num_rows, capacity), max(0, capacity - in_gradient)
+    store = torch.empty(weight.shape if in_gradient else (0, 0), dtype=weight.dtype, device=weight.device)
 
     def full(values: Tensor | None, of: torch.dtype = dtype) -> Tensor:
         if values is None:
@@ -100,14 +104,16 @@ def _forward(
         def zeros(asked: int = 1, of: torch.dtype = dtype) -> Tensor:
             return labels.new_zeros(labels.shape if asked else (0,), dtype=of)
 
-        resident, offsets = _resident_like(weight, hidden, capacity)
+        resident, offsets = _resident_like(weight, hidden, apart)
         return (
             zeros(), zeros(), zeros(), zeros(want & ENTROPY), zeros(want & MEAN), zeros(want & ARGMAX, torch.bool), zeros(want & SUM_SQ),
             resident, offsets, labels.new_zeros(labels.numel() if direction else 0, hidden.shape[-1], dtype=dtype),
             labels.new_zeros(labels.numel() if grad_filter else 0, -(-len(weight) // VOCAB_BLOCK), dtype=torch.float32),
+            store,
         )  # fmt: skip
 
-    stats = _implementation(backend).forward(head, want, resident_rows=resident_rows, direction=direction, tiles=grad_filter > 0)
+    keep_in = {"store": store} if in_gradient else {}
+    stats = _implementation(backend).forward(head, want, resident_rows=resident_rows, direction=direction, tiles=grad_filter > 0, **keep_in)
     factor = None
     if group:
         owned = ((head.labels >= vocab_start) & (head.labels < vocab_start + len(weight))).to(dtype)
@@ -131,13 +137,13 @@ def _forward(
     top1 = None if stats.argmax is None else stats.argmax == head.labels
 
     resident, offsets = stats.resident, stats.offsets
-    if resident is None or len(resident) != capacity:  # shapes promised to the compiler do not depend on the data
+    if resident is None or len(resident) != apart:  # shapes promised to the compiler do not depend on the data
         kept, kept_offsets = resident, offsets
-        resident, offsets = _resident_like(weight, hidden, capacity)
+        resident, offsets = _resident_like(weight, hidden, apart)
         if kept is not None:
-            resident[:resident_rows].copy_(kept)
+            resident[: len(kept)].copy_(kept)
             if kept_offsets is not None:
-                offsets[:resident_rows].copy_(kept_offsets)
+                offsets[: len(kept)].copy_(kept_offsets)
     elif offsets is None:
         offsets = labels.new_empty(0, 0, dtype=torch.float32)
     row_direction = labels.new_empty(0, hidden.shape[-1], dtype=dtype)
@@ -163,6 +169,7 @@ def _forward(
         offsets,
         row_direction,
         tile_lse,
+        store,
     )
 
 
@@ -192,7 +199,7 @@ def _(*arguments):
     def full(asked: bool, of: torch.dtype = dtype) -> Tensor:
         return labels.new_empty(labels.shape if asked else (0,), dtype=of)
 
-    resident, offsets = _resident_like(weight, hidden, capacity)
+    resident, offsets = _resident_like(weight, hidden, max(0, capacity - given["in_gradient"]))
     return (
         full(True),
         full(True),
@@ -205,11 +212,13 @@ def _(*arguments):
         offsets,
         labels.new_empty(labels.numel() if given["direction"] else 0, hidden.shape[-1], dtype=dtype),
         labels.new_empty(labels.numel() if given["grad_filter"] > 0 else 0, tiles, dtype=torch.float32),
+        torch.empty(weight.shape if given["in_gradient"] else (0, 0), dtype=weight.dtype, device=weight.device),
     )
 
 
 def _gradients(
     accumulate_into: Tensor | None,
+    store: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -232,6 +241,7 @@ def _gradients(
     temperature: float,
     grad_filter: float,
     vocab_start: int,
+    in_gradient: int,
     group: str,
     backend: str,
     record: int,
@@ -270,8 +280,9 @@ def _gradients(
             coefs[1][:, None], row_direction[alive], value=-1.0
         )
     elif num_rows:
-        position = alive if resident.shape[0] else None
-        slots = None if position is None else torch.where(position < resident.shape[0], position, -1)
+        in_store = 0 if store is None else in_gradient
+        kept = in_store + resident.shape[0]
+        slots = torch.where(alive < kept, alive, -1) if kept else None
         keep = None
         if grad_filter > 0:
             keep, dropped = _filter_tiles(tile_lse[alive], row_lse, coefs, head, grad_filter)
@@ -285,7 +296,7 @@ def _gradients(
             coefs[0],
             coefs[1],
             coefs[2] if slope is not None else None,
-            resident=resident[:num_scored] if resident.shape[0] else None,
+            resident=resident[: max(0, num_scored - in_store)] if resident.shape[0] else None,
             offsets=offsets[:num_scored] if offsets.shape[0] else None,
             slots=slots,
             keep=keep,
@@ -293,6 +304,7 @@ def _gradients(
             need_weight=need_weight,
             need_bias=need_bias,
             grad_weight_out=accumulate_into if need_weight else None,
+            **({"store": store} if in_store else {}),
         )
         grad_rows, grad_weight, grad_bias = grads.hidden, grads.weight, grads.bias
         if listener is not None:
@@ -339,12 +351,12 @@ def _filter_tiles(tile_lse: Tensor, lse: Tensor, coefs: list[Tensor], head: Head
     return keep, torch.where(keep, 0.0, mass).sum(dim=1)
 
 
-# The operator and the plain call are one function: an operator may not change its inputs, so `accumulate_into` is None through it.
+# The operator and the plain call are one function: an operator may not change its inputs, so `accumulate_into` and `store` are None through it.
 _grad_op = torch.library.custom_op("llmcore::linear_logprob_grad", _gradients, mutates_args=())
 
 
 @_grad_op.register_fake
-def _(accumulate_into, hidden, weight, bias, *others):
+def _(accumulate_into, store, hidden, weight, bias, *others):
     need_hidden, need_weight, need_bias = others[-3:]
     return (
         torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else hidden.new_empty(0),
@@ -354,7 +366,9 @@ def _(accumulate_into, hidden, weight, bias, *others):
 
 
 _SAVED = ("hidden", "weight", "bias", "labels", "label_mask", "cu_seqlens")
-_OPTIONS = ("ignore_index", "shift", "logit_scale", "softcap", "temperature", "grad_filter", "vocab_start", "group", "backend", "record")
+_OPTIONS = (
+    "ignore_index", "shift", "logit_scale", "softcap", "temperature", "grad_filter", "vocab_start", "in_gradient", "group", "backend", "record",
+)  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
@@ -365,23 +379,29 @@ def _setup_context(ctx, inputs, output):
     # Not a saved tensor: gradient accumulation changes the buffer between forward and backward on purpose.
     ctx.accumulate_into = given["accumulate_into"]
     ctx.options = tuple(given[name] for name in _OPTIONS)
+    ctx.in_gradient = given["in_gradient"]
+    ctx.holds_logits = ctx.in_gradient > 0  # until a backward writes the gradient over them
 
 
 def _backward(ctx, grad_logp, grad_lse, grad_target, grad_entropy, *_others):
-    *operands, lse, target, entropy, resident, offsets, row_direction, tile_lse = ctx.saved_tensors
+    *operands, lse, target, entropy, resident, offsets, row_direction, tile_lse, store = ctx.saved_tensors
     coefs = row_coefficients(lse, entropy if grad_entropy is not None else None, grad_logp, grad_lse, grad_target, grad_entropy)
     if row_direction.shape[0] and coefs[2] is not None:
         raise RuntimeError("internal: the frozen head's direction cannot serve a gradient of the entropy")
     need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
     need_bias = need_bias and operands[2] is not None
+    if ctx.in_gradient and not ctx.holds_logits:  # a second backward recomputes every row
+        resident = resident[:0]
     kept = (resident, offsets, row_direction, tile_lse)
     arguments = (*operands, lse, target, *coefs, *kept, *ctx.options, need_hidden, need_weight, need_bias)
-    if ctx.accumulate_into is None:
-        grad_hidden, grad_weight, grad_bias = _grad_op(None, *arguments)
+    if ctx.accumulate_into is None and not ctx.holds_logits:
+        grad_hidden, grad_weight, grad_bias = _grad_op(None, None, *arguments)
     else:
         if torch.is_grad_enabled():
             _no_second_derivative(ctx)
-        grad_hidden, grad_weight, grad_bias = _gradients(ctx.accumulate_into, *arguments)
+        # `.data`: the saved tensor's version stays, its content is not looked at again.
+        store, ctx.holds_logits = (store.data, not need_weight) if ctx.holds_logits else (None, False)
+        grad_hidden, grad_weight, grad_bias = _gradients(ctx.accumulate_into, store, *arguments)
     return (
         grad_hidden if need_hidden else None,
         grad_weight if need_weight and ctx.accumulate_into is None else None,

@@ -141,8 +141,11 @@ class CheckpointReader:
             return torch.empty(entry.shape, dtype=dtype or self._torch_dtype(entry))
         return self._rows(name, stored, entry, [(0, entry.shape[0] if entry.shape else 1)], None, dtype).reshape(entry.shape)
 
-    def slice(self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Rows [start, stop) of the first dimension."""
+    def slice(self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [start, stop) of the first dimension.
+
+        out: memory of that shape and dtype which the rows are read into where stored order and dtype allow; the result may lie in it.
+        """
         stored, entry = self._entry(name)
         if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             raise ValueError(f"{entry.file.path}: tensor {short(name)}: rows [{start}, {stop}) are not inside shape {entry.shape}")
@@ -150,7 +153,7 @@ class CheckpointReader:
             return torch.empty((stop - start, *entry.shape[1:]), dtype=dtype or self._torch_dtype(entry))
         if name in self._aliases and self._interleaved(stored):
             return self.rows(name, np.arange(start, stop), dtype=dtype)
-        return self._rows(name, stored, entry, [(start, stop)], None, dtype)
+        return self._rows(name, stored, entry, [(start, stop)], None, dtype, out)
 
     def rows(self, name: str, ids: Sequence[int] | np.ndarray | torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows `ids` of the first dimension in the order given (repeats allowed).
@@ -181,7 +184,7 @@ class CheckpointReader:
     # What is below turns rows of bytes into values.
 
     def _rows(self, name: str, stored: str, entry: Entry, spans: list[tuple[int, int]], positions: np.ndarray | None,
-              dtype: torch.dtype | None) -> torch.Tensor:
+              dtype: torch.dtype | None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Read the row spans, pick `positions` among the rows read (None: all, in order), scale, turn into `dtype`."""
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype or None, got {type(dtype).__name__}")
@@ -190,7 +193,7 @@ class CheckpointReader:
             raise CheckpointError(f"{entry.file.path}: tensor {short(stored)}: dtype {entry.dtype} cannot be read")
         scale = self._scale(stored, entry)
         target = torch.float32 if scale is not None or native is None else (dtype or native)
-        values = _span_values(entry, spans, native, target, f"tensor {short(stored)}")
+        values = _span_values(entry, spans, native, target, f"tensor {short(stored)}", out)
         if positions is None and name in self._aliases and (heads := self._interleaved(stored)):
             positions = gguf.huggingface_rows(np.arange(len(values)), len(values), heads)
         if positions is not None and not np.array_equal(positions, np.arange(len(values))):
@@ -419,11 +422,13 @@ def _spans(unique: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _span_values(entry: Entry, spans: list[tuple[int, int]], native: torch.dtype | None, target: torch.dtype,
-                 field: str) -> torch.Tensor:
-    """The rows of the spans, one after the other, as `target`. Peak memory: the result and one chunk of 8 MB (or one row)."""
+                 field: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The rows of the spans, one after the other, as `target`. Peak memory: the result (`out` where it fits) and one chunk (or one row)."""
     row_shape = entry.shape[1:]
     row_bytes = entry.nbytes // max(entry.shape[0] if entry.shape else 1, 1)
-    out = torch.empty((sum(stop - start for start, stop in spans), *row_shape), dtype=target)
+    shape = (sum(stop - start for start, stop in spans), *row_shape)
+    if out is None or out.dtype != target or out.shape != shape or not out.is_contiguous():
+        out = torch.empty(shape, dtype=target)
     if not out.numel():
         return out
     if len(spans) > 1:

@@ -31,6 +31,7 @@ using torch::stable::Tensor;
 constexpr int64_t kWave = 512;                     // rows of a wave
 constexpr int64_t kPad = 16;                       // keeps the panels of Z off each other's cache sets
 constexpr int64_t kHiddenPanelBytes = 8ll << 20;   // H stays packed for the whole call up to this size
+constexpr int64_t kRowsInGradient = 4096;          // as in linear_logprob_cpp.py
 
 struct Operand {  // rows of a matrix with unit last stride
   const char* data = nullptr;
@@ -70,6 +71,34 @@ template <typename real>
 real* optional_data(const std::optional<Tensor>& t) {
   return t ? static_cast<real*>(t->data_ptr()) : nullptr;
 }
+
+// Logits kept from forward to backward. Those of the first rows lie where the weight's gradient will be (`store`, its (V, D) memory): a vocabulary
+// block's part of it has room for D rows of the block's logits, and the backward reads a block's logits before it writes that block's gradient.
+// The rows after them lie in `resident`.
+template <typename real>
+struct KeptLogits {
+  real* store = nullptr;
+  real* resident = nullptr;
+  int64_t in_store = 0, d = 0, v = 0;
+
+  KeptLogits(const std::optional<Tensor>& store_t, const std::optional<Tensor>& resident_t, const Shapes& shapes) : d(shapes.hidden_size), v(shapes.vocab_size) {
+    if (store_t) {
+      STD_TORCH_CHECK(store_t->is_contiguous() && store_t->scalar_type() == kType<real> && store_t->numel() == v * d,
+                      "linear_logprob: store must be (V, D), contiguous, of the accumulation dtype");
+      store = static_cast<real*>(store_t->data_ptr());
+      in_store = std::min(d, kRowsInGradient);
+    }
+    if (resident_t) {
+      STD_TORCH_CHECK(resident_t->is_contiguous() && resident_t->scalar_type() == kType<real> && resident_t->size(1) == v,
+                      "linear_logprob: resident must be (rows, V), contiguous, of the accumulation dtype");
+      resident = static_cast<real*>(resident_t->data_ptr());
+    }
+  }
+  bool any() const { return store != nullptr || resident != nullptr; }
+  real* row(int64_t slot, int64_t start, int64_t columns) const {
+    return slot < in_store ? store + start * d + slot * columns : resident + (slot - in_store) * v + start;
+  }
+};
 
 // Fresh pages of [data, data + bytes) are faulted in by one thread each: threads that share a page would each fault and clear one.
 void touch_pages(char* data, int64_t bytes, int64_t threads) {
@@ -194,7 +223,8 @@ int64_t row_tasks(int64_t rows) { return (rows + 15) / 16; }
 template <typename real>
 void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, int64_t vocab_start,
              double logit_scale, double softcap, double temperature, int64_t want, const Tensor& stats, const Tensor& argmax,
-             const std::optional<Tensor>& resident, const std::optional<Tensor>& offsets, const std::optional<Tensor>& direction) {
+             const std::optional<Tensor>& resident, const std::optional<Tensor>& offsets, const std::optional<Tensor>& direction,
+             const std::optional<Tensor>& store, int64_t kept) {
   Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature, true, direction.has_value());
   const auto [m, d, v] = w.shapes;
   STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Double && stats.is_contiguous() && stats.numel() == 6 * m, "linear_logprob: stats must be (6, M) float64");
@@ -205,8 +235,9 @@ void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, con
   const int64_t* label = static_cast<const int64_t*>(labels.data_ptr());
   int64_t* best = want & kArgmax ? static_cast<int64_t*>(argmax.data_ptr()) : nullptr;
   if (best != nullptr) std::fill(best, best + m, vocab_start);
-  const int64_t kept = resident ? resident->size(0) : 0, tiles = (v + kBlock - 1) / kBlock;
-  real* kept_real = resident && !offsets ? static_cast<real*>(resident->data_ptr()) : nullptr;
+  const int64_t tiles = (v + kBlock - 1) / kBlock;
+  const KeptLogits<real> kept_real(store, offsets ? std::nullopt : resident, w.shapes);
+  STD_TORCH_CHECK(kept <= kept_real.in_store + (resident ? resident->size(0) : 0), "linear_logprob: more rows to keep than places for them");
   uint16_t* kept_half = resident && offsets ? static_cast<uint16_t*>(resident->data_ptr()) : nullptr;
   float* offset = optional_data<float>(offsets);
   real* u = optional_data<real>(direction);
@@ -227,7 +258,7 @@ void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, con
           const int64_t local = label[i] - vocab_start - start;
           if (local >= 0 && local < w.columns) target[i] = z[local];
           RowSums s;
-          w.k.row_statistics(z, w.columns, static_cast<int>(want), w.transform, kept_real && i < kept ? kept_real + i * v + start : nullptr,
+          w.k.row_statistics(z, w.columns, static_cast<int>(want), w.transform, kept_real.any() && i < kept ? kept_real.row(i, start, w.columns) : nullptr,
                              kept_half && i < kept ? kept_half + i * v + start : nullptr, u != nullptr, s);
           if (kept_half && i < kept) offset[i * tiles + start / kBlock] = static_cast<float>(s.max);
           // Merge: while sum is 0 the old maximum is -inf and must not enter a difference.
@@ -272,10 +303,10 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
               double logit_scale, double softcap, double temperature, const Tensor& lse_t, const Tensor& target_t, const Tensor& target_coef_t,
               const Tensor& prob_coef_t, const std::optional<Tensor>& slope_t, const std::optional<Tensor>& resident,
               const std::optional<Tensor>& offsets, const std::optional<Tensor>& slots_t, const std::optional<Tensor>& grad_hidden,
-              const std::optional<Tensor>& grad_weight, bool accumulate_weight, const std::optional<Tensor>& grad_bias) {
+              const std::optional<Tensor>& grad_weight, bool accumulate_weight, const std::optional<Tensor>& grad_bias, const std::optional<Tensor>& store) {
   const int64_t* slots = optional_data<int64_t>(slots_t);
   int64_t stored = 0;  // stored rows come first
-  if (resident && slots) while (stored < rows.size(0) && slots[stored] >= 0) ++stored;
+  if ((resident || store) && slots) while (stored < rows.size(0) && slots[stored] >= 0) ++stored;
   Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature, stored < rows.size(0), grad_hidden.has_value());
   const auto [m, d, v] = w.shapes;
   for (const Tensor* t : {&lse_t, &target_t, &target_coef_t, &prob_coef_t})
@@ -284,7 +315,7 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
   const real *target_coef = static_cast<const real*>(target_coef_t.data_ptr()), *prob_coef = static_cast<const real*>(prob_coef_t.data_ptr());
   const real* slope = optional_data<real>(slope_t);
   const int64_t* label = static_cast<const int64_t*>(labels.data_ptr());
-  const real* kept_real = resident && !offsets ? static_cast<const real*>(resident->data_ptr()) : nullptr;
+  const KeptLogits<real> kept_real(store, offsets ? std::nullopt : resident, w.shapes);
   const uint16_t* kept_half = resident && offsets ? static_cast<const uint16_t*>(resident->data_ptr()) : nullptr;
   const float* offset = optional_data<float>(offsets);
   real* dh = optional_data<real>(grad_hidden);
@@ -296,6 +327,13 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
   // In the accumulation dtype the weight's gradient is summed in place, else in one block's buffer and rounded once.
   const bool in_place = needs_weight && weight_type == kType<real> && grad_weight->is_contiguous();
   const int64_t element = weight_type == ScalarType::Double ? 8 : weight_type == ScalarType::Float ? 4 : 2;
+  // The first wave's product overwrites the block's kept logits: those of later waves are moved out before it.
+  const bool overwrites = store && in_place && grad_weight->data_ptr() == store->data_ptr();
+  STD_TORCH_CHECK(!overwrites || !accumulate_weight, "linear_logprob: a gradient that holds the logits cannot be accumulated into");
+  int64_t in_store = 0;  // leading rows whose logits lie there, ascending slots
+  while (in_store < stored && slots[in_store] < kept_real.in_store) ++in_store;
+  const int64_t moved = overwrites ? std::max<int64_t>(0, in_store - kWave) : 0;
+  Buffer<real> later(moved * kBlock);
   Buffer<real> dw_block(needs_weight && !in_place ? kBlock * d : 0);
   const int64_t chunk = hidden_chunk(w.threads), chunks = (d + chunk - 1) / chunk;
   const int64_t tiles = (v + kBlock - 1) / kBlock;
@@ -303,8 +341,14 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
 
   for (int64_t start = 0; start < v; start += kBlock) {
     w.begin_block(start, stored < m);
-    if (in_place && !accumulate_weight)
-      touch_pages(static_cast<char*>(grad_weight->data_ptr()) + start * d * sizeof(real), w.columns * d * sizeof(real), w.threads);
+    if (in_place && !accumulate_weight) {
+      const int64_t held = overwrites && in_store > 0 ? slots[in_store - 1] + 1 : 0;
+      touch_pages(static_cast<char*>(grad_weight->data_ptr()) + (start * d + held * w.columns) * sizeof(real), (d - held) * w.columns * sizeof(real), w.threads);
+    }
+    run_tasks(row_tasks(moved), w.threads, [&](int64_t t, int64_t) {
+      for (int64_t i = t * 16; i < std::min(moved, (t + 1) * 16); ++i)
+        std::copy_n(kept_real.row(slots[kWave + i], start, w.columns), w.columns, later.get() + i * kBlock);
+    });
     for (int64_t wave = 0; wave < m; wave += kWave) {
       const int64_t end = std::min(m, wave + kWave);
       w.begin_wave(wave, end);
@@ -322,7 +366,8 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
             half = kept_half + slots[i] * v + start;
             row_offset = offset[slots[i] * tiles + start / kBlock];
           } else {
-            std::copy(kept_real + slots[i] * v + start, kept_real + slots[i] * v + start + w.columns, z);
+            const bool was_moved = moved > 0 && i >= kWave && i < in_store;
+            std::copy_n(was_moved ? later.get() + (i - kWave) * kBlock : kept_real.row(slots[i], start, w.columns), w.columns, z);
           }
           w.k.row_gradient(z, w.columns, w.transform, half, row_offset, lse[i], prob_coef[i], slope ? slope[i] : real(0), slope != nullptr);
           const int64_t local = label[i] - vocab_start - start;
@@ -409,23 +454,23 @@ void backward_bfloat16(const Tensor& hidden, const Tensor& rows, const Tensor& w
 
 void linear_logprob_fwd(Tensor hidden, Tensor rows, Tensor weight, std::optional<Tensor> bias, Tensor labels, int64_t vocab_start, double logit_scale,
                         double softcap, double temperature, int64_t want, Tensor stats, Tensor argmax, std::optional<Tensor> resident,
-                        std::optional<Tensor> offsets, std::optional<Tensor> direction) {
+                        std::optional<Tensor> offsets, std::optional<Tensor> direction, std::optional<Tensor> store, int64_t kept) {
   if (in_bfloat16(hidden, weight))
     return forward_bfloat16(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, want, stats, argmax, resident, offsets, direction);
   auto run = wide(hidden, weight) ? forward<double> : forward<float>;
-  run(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, want, stats, argmax, resident, offsets, direction);
+  run(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, want, stats, argmax, resident, offsets, direction, store, kept);
 }
 
 void linear_logprob_bwd(Tensor hidden, Tensor rows, Tensor weight, std::optional<Tensor> bias, Tensor labels, int64_t vocab_start, double logit_scale,
                         double softcap, double temperature, Tensor lse, Tensor target, Tensor target_coef, Tensor prob_coef, std::optional<Tensor> slope,
                         std::optional<Tensor> resident, std::optional<Tensor> offsets, std::optional<Tensor> slots, std::optional<Tensor> grad_hidden,
-                        std::optional<Tensor> grad_weight, bool accumulate_weight, std::optional<Tensor> grad_bias) {
+                        std::optional<Tensor> grad_weight, bool accumulate_weight, std::optional<Tensor> grad_bias, std::optional<Tensor> store) {
   if (in_bfloat16(hidden, weight))
     return backward_bfloat16(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, lse, target, target_coef, prob_coef, slope,
                              resident, offsets, slots, grad_hidden, grad_weight, accumulate_weight, grad_bias);
   auto run = wide(hidden, weight) ? backward<double> : backward<float>;
   run(hidden, rows, weight, bias, labels, vocab_start, logit_scale, softcap, temperature, lse, target, target_coef, prob_coef, slope, resident, offsets, slots,
-      grad_hidden, grad_weight, accumulate_weight, grad_bias);
+      grad_hidden, grad_weight, accumulate_weight, grad_bias, store);
 }
 
 }  // namespace llmcore::linear_logprob

@@ -66,7 +66,9 @@ class AdaptedReader:
     def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self.rows(name, np.arange(self.shape(name)[0]), dtype=dtype)
 
-    def slice(self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def slice(
+        self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return self.rows(name, np.arange(start, stop), dtype=dtype)
 
     def rows(self, name: str, ids: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -41,7 +41,9 @@ class Reader(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
     def nbytes(self, name: str) -> int: ...
     def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor: ...
-    def slice(self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+    def slice(
+        self, name: str, start: int, stop: int, *, dtype: torch.dtype | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
     def rows(self, name: str, ids: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor: ...
     def close(self) -> None: ...
 
@@ -56,16 +58,17 @@ class Matrix:
     rows: np.ndarray | None = None
     transposed: bool = False
 
-    def read(self, reader: Reader, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Logical rows [start, stop), (stop - start, in)."""
+    def read(self, reader: Reader, start: int, stop: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logical rows [start, stop), (stop - start, in); in the first rows of `out` (rows, in) where they are stored in order."""
+        into = None if out is None else out[: stop - start]
         if self.transposed:
             whole = reader.read(self.name, dtype=dtype).mT
             return (whole if self.rows is None else whole[torch.from_numpy(self.rows)])[start:stop]
         if self.rows is None:
-            return reader.slice(self.name, start, stop, dtype=dtype)
+            return reader.slice(self.name, start, stop, dtype=dtype, out=into)
         wanted = self.rows[start:stop]
         if len(wanted) and np.array_equal(wanted, np.arange(wanted[0], wanted[0] + len(wanted))):
-            return reader.slice(self.name, int(wanted[0]), int(wanted[0]) + len(wanted), dtype=dtype)
+            return reader.slice(self.name, int(wanted[0]), int(wanted[0]) + len(wanted), dtype=dtype, out=into)
         return reader.rows(self.name, wanted, dtype=dtype)
 
     def block_rows(self, dtype: torch.dtype, limit: int, *, multiple: int = 1) -> int:
@@ -76,11 +79,16 @@ class Matrix:
         return max(multiple, min(max(BLOCK_BYTES // row, FEWEST_ROWS), limit // row) // multiple * multiple)
 
     def blocks(self, reader: Reader, dtype: torch.dtype, limit: int, *, multiple: int = 1) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(start, stop, rows) over the whole matrix in blocks of block_rows."""
+        """(start, stop, rows) over the whole matrix in blocks of block_rows; a block's rows last until the next is asked for."""
         step = self.block_rows(dtype, limit, multiple=multiple)
+        memory = self.memory(step, dtype)
         for start in range(0, self.out_size, step):
             stop = min(start + step, self.out_size)
-            yield start, stop, finite(self.read(reader, start, stop, dtype), reader, self.name)
+            yield start, stop, finite(self.read(reader, start, stop, dtype, memory), reader, self.name)
+
+    def memory(self, step: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """What blocks of `step` rows are read into, one after the other: fresh memory for each costs more time than reading it."""
+        return None if self.transposed else torch.empty(min(step, self.out_size), self.in_size, dtype=dtype)
 
     def nbytes(self, reader: Reader) -> int:
         """Stored bytes of the rows that are used."""

@@ -151,12 +151,13 @@ def _expert(
     whole = down.read(reader, 0, down.out_size, dtype) if square else None
     squares = {t: x.new_zeros(down.out_size, up.in_size) for t, x in hidden.items()} if square else {}
     step = up.block_rows(dtype, block_bytes)
+    up_memory, gate_memory = up.memory(step, dtype), None if gate is None else gate.memory(step, dtype)
     for start in range(0, width, step):
         stop = min(start + step, width)
-        rows = finite(up.read(reader, start, stop, dtype), reader, up.name)
+        rows = finite(up.read(reader, start, stop, dtype, up_memory), reader, up.name)
         paper = rows
         if gate is not None and ff != "up" and "paper" in wanted:
-            gates = finite(gate.read(reader, start, stop, dtype), reader, gate.name)
+            gates = finite(gate.read(reader, start, stop, dtype, gate_memory), reader, gate.name)
             paper = gates if ff == "gate" else gates.mul_(rows)
         for t, x in hidden.items():
             block = paper if t == "paper" else rows

@@ -116,7 +116,7 @@ def test_frozen_head(dtype, softcap, monkeypatch):
         leaf = hidden.to(cast).requires_grad_()
         result = function(leaf, weight.to(cast), labels, softcap=softcap, **backend)
         gradients.append(torch.autograd.grad((result.logp * upstream[0]).sum(), leaf)[0])
-    assert _relative(*gradients) < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert _relative(*gradients) < (2e-6 if dtype == torch.float32 else 4e-3)
 
 
 @served
