@@ -113,7 +113,8 @@ def fused_linear_logprob(
         RuntimeError: a backend asked for by name cannot serve the call.
 
     Peak extra memory: scored_rows · (hidden_size · 4 + 64) bytes and a fixed number of tiles, plus the kept rows: min(budget,
-        scored_rows · vocab_size · 2).
+        scored_rows · vocab_size · 2). The compiled float32 kernel keeps the logits of the first hidden_size rows in the memory of the
+        weight's gradient, which the backward writes over them: they take none of their own.
 
         >>> h, w, y = torch.randn(2, 8, 64), torch.randn(1000, 64), torch.randint(1000, (2, 8))
         >>> out = fused_linear_logprob(h.requires_grad_(), w, y, shift=1, outputs=("logp", "entropy"))
