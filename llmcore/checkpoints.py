@@ -32,7 +32,7 @@ _SCALED = ("F8_E4M3", "F8_E5M2")
 _SCALE_NAMES = ("{0}_scale_inv", "{0}_scale", "{1}.scale_weight", "{0}.scale")
 _MAX_JSON = 4_000_000  # config.json, and an index that is parsed as any JSON
 _WASTE = 1 / 32  # bytes between wanted rows that may be read along, as a share of the wanted bytes
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 class MissingFile(CheckpointError, FileNotFoundError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from llmcore.checkpoints import CheckpointError
 
 BLOCK_BYTES = 2 << 20  # sequential reads of some size, and few enough rows that blocks are small beside the factors
 FEWEST_ROWS = 256  # fewer rows make a product that runs at a fraction of the machine's rate
+WIDE_ROWS = 1024  # of a matrix so wide that BLOCK_BYTES hold fewer than FEWEST_ROWS: the product reads all of X (K, D) for each block
 LARGEST_BLOCK = 64 << 20
 
 
@@ -75,25 +77,51 @@ class Matrix:
         """Rows of a block: BLOCK_BYTES, yet enough of them for a product at full rate, within `limit` bytes; a transposed matrix whole."""
         if self.transposed:
             return self.out_size
-        row = self.in_size * dtype.itemsize
-        return max(multiple, min(max(BLOCK_BYTES // row, FEWEST_ROWS), limit // row) // multiple * multiple)
+        return max(multiple, rows_of_block(self.in_size * dtype.itemsize, limit) // multiple * multiple)
 
     def blocks(self, reader: Reader, dtype: torch.dtype, limit: int, *, multiple: int = 1) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(start, stop, rows) over the whole matrix in blocks of block_rows; a block's rows last until the next is asked for."""
-        step = self.block_rows(dtype, limit, multiple=multiple)
-        memory = self.memory(step, dtype)
-        for start in range(0, self.out_size, step):
-            stop = min(start + step, self.out_size)
-            yield start, stop, finite(self.read(reader, start, stop, dtype, memory), reader, self.name)
-
-    def memory(self, step: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """What blocks of `step` rows are read into, one after the other: fresh memory for each costs more time than reading it."""
-        return None if self.transposed else torch.empty(min(step, self.out_size), self.in_size, dtype=dtype)
+        """(start, stop, rows) over the whole matrix; see read_blocks."""
+        for start, stop, (rows,) in read_blocks([self], reader, dtype, limit, multiple=multiple):
+            yield start, stop, rows
 
     def nbytes(self, reader: Reader) -> int:
         """Stored bytes of the rows that are used."""
         rows = reader.shape(self.name)[0]
         return reader.nbytes(self.name) if self.transposed or self.rows is None else reader.nbytes(self.name) * len(self.rows) // rows
+
+
+def rows_of_block(row_bytes: int, limit: int) -> int:
+    rows = BLOCK_BYTES // row_bytes
+    return min(rows if rows >= FEWEST_ROWS else WIDE_ROWS, limit // row_bytes)
+
+
+def read_blocks(
+    matrices: Sequence[Matrix], reader: Reader, dtype: torch.dtype, limit: int, *, multiple: int = 1
+) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
+    """(start, stop, rows of each matrix) over matrices of one shape, block by block; a thread reads the next block while the caller computes.
+
+    Two blocks of each matrix are alive, in the same memory all the way: fresh memory for each costs more time than reading. The rows last
+    until the next block is asked for.
+    """
+    height, step = matrices[0].out_size, matrices[0].block_rows(dtype, limit, multiple=multiple)
+    bounds = [(start, min(start + step, height)) for start in range(0, height, step)]
+    memory = [
+        [None if m.transposed else torch.empty(min(step, height), m.in_size, dtype=dtype) for m in matrices] for _ in bounds[:2]
+    ]
+
+    def read(i: int) -> list[torch.Tensor]:
+        return [finite(m.read(reader, *bounds[i], dtype, out), reader, m.name) for m, out in zip(matrices, memory[i % 2], strict=True)]
+
+    if len(bounds) == 1:
+        yield *bounds[0], read(0)
+        return
+    with ThreadPoolExecutor(1, "huref-read") as ahead:
+        upcoming = ahead.submit(read, 0)
+        for i, (start, stop) in enumerate(bounds):
+            rows = upcoming.result()
+            if i + 1 < len(bounds):
+                upcoming = ahead.submit(read, i + 1)
+            yield start, stop, rows
 
 
 def finite(values: torch.Tensor, reader: Reader, name: str) -> torch.Tensor:

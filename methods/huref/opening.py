@@ -131,7 +131,7 @@ def invariant_terms(
 
 
 def block_bytes(max_memory: int | None) -> int:
-    """Largest block of rows that is read: a sixteenth of the budget (three are alive at once), at most the default."""
+    """Largest block of rows that is read: a sixteenth of the budget (four are alive at once), at most the default."""
     if max_memory is None:
         return LARGEST_BLOCK
     if max_memory < 1 << 20:

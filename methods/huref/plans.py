@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcore.kernels.invariants import SumsPlan, plan_sums
-from llmcore.methods.huref.layouts import BLOCK_BYTES, FEWEST_ROWS, Layout, Reader, layer_indices
+from llmcore.methods.huref.layouts import Layout, Reader, layer_indices, rows_of_block
 from llmcore.methods.huref.opening import LAYERS, block_bytes, open_model
 from llmcore.methods.huref.terms import check_terms, square_form_is_cheaper, used_bytes
 
@@ -61,9 +61,8 @@ def _peak(layout: Layout, num_tokens: int, width: int, experts: int, terms: tupl
     attention = views + n * 4 * k * depth + 2 * k * depth
     feed = views + n * (k * width + 2 * k * d) + 2 * k * d
     widest = max(d, width) * 4
-    rows = min(max(BLOCK_BYTES // widest, FEWEST_ROWS), max(1, block // widest))
-    largest = max(rows * widest, d * 4 * (layout.num_heads // layout.num_kv_heads) * layout.head_dim)  # a group of heads stays whole
-    return sides * (4 * max(attention, feed) + 3 * largest)
+    largest = max(max(1, rows_of_block(widest, block)) * widest, d * 4 * (layout.num_heads // layout.num_kv_heads) * layout.head_dim)  # a group of heads stays whole
+    return sides * (4 * max(attention, feed) + 4 * largest)
 
 
 def plan(

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
-from llmcore.methods.huref.layouts import LARGEST_BLOCK, Layer, Layout, Matrix, Reader, finite
+from llmcore.methods.huref.layouts import LARGEST_BLOCK, Layer, Layout, Matrix, Reader, finite, read_blocks
 
 # K tokens, D hidden size, F feed-forward width, R depth of a factor
 
@@ -150,15 +150,11 @@ def _expert(
     inner = {t: x.new_empty(len(x), width) for t, x in hidden.items()} if not square else {}
     whole = down.read(reader, 0, down.out_size, dtype) if square else None
     squares = {t: x.new_zeros(down.out_size, up.in_size) for t, x in hidden.items()} if square else {}
-    step = up.block_rows(dtype, block_bytes)
-    up_memory, gate_memory = up.memory(step, dtype), None if gate is None else gate.memory(step, dtype)
-    for start in range(0, width, step):
-        stop = min(start + step, width)
-        rows = finite(up.read(reader, start, stop, dtype, up_memory), reader, up.name)
+    pair = [up, gate] if gate is not None and ff != "up" and "paper" in wanted else [up]
+    for start, stop, (rows, *gates) in read_blocks(pair, reader, dtype, block_bytes):
         paper = rows
-        if gate is not None and ff != "up" and "paper" in wanted:
-            gates = finite(gate.read(reader, start, stop, dtype, gate_memory), reader, gate.name)
-            paper = gates if ff == "gate" else gates.mul_(rows)
+        if gates:
+            paper = gates[0] if ff == "gate" else gates[0].mul_(rows)
         for t, x in hidden.items():
             block = paper if t == "paper" else rows
             if square:

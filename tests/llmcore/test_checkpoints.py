@@ -123,7 +123,11 @@ def test_fp8_scales(tmp_path):
             expected = stored.float() * scale
             assert reader.read(name).equal(expected)
             assert reader.rows(name, ids).equal(expected[ids])
-            assert reader.slice(name, 100, 140).equal(expected[100:140])
+            memory = torch.full((40, 200), torch.nan)
+            assert reader.slice(name, 100, 140, out=memory).equal(expected[100:140])
+            assert memory.equal(expected[100:140])
+            assert reader.slice(name, 0, 39, out=memory).equal(expected[:39])  # another shape: in memory of its own
+            assert memory.equal(expected[100:140])
         with pytest.raises(CheckpointError, match=r"model.safetensors: tensor 'd.weight': F8_E4M3 weights without a scale"):
             reader.read("d.weight")
         with pytest.raises(CheckpointError, match=r"scale of shape \(7,\) fits neither"):
@@ -150,7 +154,9 @@ def test_embedded_gguf_by_both_names(smollm2):
                      "model.layers.0.mlp.down_proj.weight"):
             assert reader.read(name).equal(state[name])
             assert reader.rows(name, [5, 190, 33]).equal(state[name][[5, 190, 33]])
+            memory = torch.empty(40, state[name].shape[1])
             assert reader.slice(name, 30, 70).equal(state[name][30:70])
+            assert reader.slice(name, 30, 70, out=memory).equal(state[name][30:70])
         stored = reader.read("blk.29.attn_q.weight")  # as the file has it: rotary pairs side by side
         assert stored[1].equal(state["model.layers.29.self_attn.q_proj.weight"][32])
         before = reader.bytes_read
