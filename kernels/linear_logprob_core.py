@@ -5,9 +5,9 @@ An implementation is a module with two functions (kernels/linear_logprob_torch.p
     forward(head, want, *, resident_rows=0, direction=False, tiles=False) -> Statistics
     backward(head, lse, target, target_coef, prob_coef, slope, *, resident=None, offsets=None, slots=None, keep=None,
              need_hidden=True, need_weight=True, need_bias=True, grad_weight_out=None) -> Gradients
-    rows_in_gradient(hidden, weight) -> int                             the compiled one only: with store=, the (V, D) memory of the weight's
-                                                                        gradient, given to both, forward keeps the logits of so many rows in
-                                                                        it and backward writes the gradient over them
+    rows_in_gradient(hidden, weight) -> int                             the compiled one only. store=, given to both functions: the (V, D)
+                                                                        memory of the weight's gradient, where forward keeps the logits of
+                                                                        so many rows and backward writes the gradient over them
     scratch_bytes(num_rows, hidden_size, vocab_size, half) -> int       upper bound of what a call allocates beside its results
 
 `backward` forms, for row t and vocabulary column v, with z the final logit and p = exp(z - lse),

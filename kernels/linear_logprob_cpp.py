@@ -19,7 +19,8 @@ def rows_in_gradient(hidden: Tensor, weight: Tensor) -> int:
 
 def scratch_bytes(num_rows: int, hidden_size: int, vocab_size: int, half: bool) -> int:
     """What one call allocates beside its results: a weight block packed twice, a wave of logits, the hidden rows packed (all of them while
-    that is small, else a wave), kept logits moved out of the gradient's memory, a gradient block and one hidden gradient for 16-bit operands, per-thread panels and per-row sums."""
+    that is small, else a wave), kept logits moved out of the gradient's memory, a gradient block and one hidden gradient for 16-bit
+    operands, per-thread panels and per-row sums."""
     threads, width = torch.get_num_threads(), -(-hidden_size // 32) * 32
     packed_rows = num_rows if 4 * num_rows * width <= _KEPT_PANELS else min(_WAVE, num_rows)
     wave = min(_WAVE, num_rows) * VOCAB_BLOCK

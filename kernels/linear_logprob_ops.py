@@ -85,8 +85,8 @@ def _forward(
     backend: str,
     record: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """capacity: rows whose logits are kept. The first in_gradient of them lie in the memory of the weight's gradient to come, the last result,
-    which the backward writes its gradient over; 0 makes that result empty."""
+    """capacity: rows whose logits are kept. The first in_gradient of them lie in the memory of the weight's gradient to come, the last
+    result, which the backward writes its gradient over; 0 makes that result empty."""
     scored_index = _scored(labels, label_mask, cu_seqlens, ignore_index, shift).reshape(-1).nonzero()[:, 0]
     head, _ = _head(hidden, weight, bias, labels, scored_index, shift, vocab_start, logit_scale, softcap, temperature)
     _check_labels(head.labels, 0, vocab_total if vocab_total >= 0 else None)
@@ -351,7 +351,8 @@ def _filter_tiles(tile_lse: Tensor, lse: Tensor, coefs: list[Tensor], head: Head
     return keep, torch.where(keep, 0.0, mass).sum(dim=1)
 
 
-# The operator and the plain call are one function: an operator may not change its inputs, so `accumulate_into` and `store` are None through it.
+# The operator and the plain call are one function: an operator may not change its inputs, so `accumulate_into` and `store` are None
+# through it.
 _grad_op = torch.library.custom_op("llmcore::linear_logprob_grad", _gradients, mutates_args=())
 
 
@@ -367,7 +368,8 @@ def _(accumulate_into, store, hidden, weight, bias, *others):
 
 _SAVED = ("hidden", "weight", "bias", "labels", "label_mask", "cu_seqlens")
 _OPTIONS = (
-    "ignore_index", "shift", "logit_scale", "softcap", "temperature", "grad_filter", "vocab_start", "in_gradient", "group", "backend", "record",
+    "ignore_index", "shift", "logit_scale", "softcap", "temperature", "grad_filter", "vocab_start", "in_gradient", "group", "backend",
+    "record",
 )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def rows_of_block(row_bytes: int, limit: int) -> int:
 def read_blocks(
     matrices: Sequence[Matrix], reader: Reader, dtype: torch.dtype, limit: int, *, multiple: int = 1
 ) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
-    """(start, stop, rows of each matrix) over matrices of one shape, block by block; a thread reads the next block while the caller computes.
+    """(start, stop, rows of each matrix) over matrices of one shape; a thread reads the next block while the caller computes.
 
     Two blocks of each matrix are alive, in the same memory all the way: fresh memory for each costs more time than reading. The rows last
     until the next block is asked for.

@@ -61,7 +61,8 @@ def _peak(layout: Layout, num_tokens: int, width: int, experts: int, terms: tupl
     attention = views + n * 4 * k * depth + 2 * k * depth
     feed = views + n * (k * width + 2 * k * d) + 2 * k * d
     widest = max(d, width) * 4
-    largest = max(max(1, rows_of_block(widest, block)) * widest, d * 4 * (layout.num_heads // layout.num_kv_heads) * layout.head_dim)  # a group of heads stays whole
+    group = d * 4 * (layout.num_heads // layout.num_kv_heads) * layout.head_dim  # stays whole
+    largest = max(max(1, rows_of_block(widest, block)) * widest, group)
     return sides * (4 * max(attention, feed) + 4 * largest)
 
 
