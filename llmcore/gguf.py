@@ -92,6 +92,25 @@ class _Cursor:
         except UnicodeDecodeError:
             raise self.fail(field, "not UTF-8") from None
 
+    def strings(self, count: int, field: str) -> list[str]:
+        """A vocabulary is 50,000 of them: those that lie whole in the window are cut out of it, the others go through `string`."""
+        found: list[str] = []
+        while len(found) < count:
+            window, at, end = self.window, self.position - self.start, len(self.window)
+            try:
+                for _ in range(count - len(found)):
+                    stop = at + 8 + _U64.unpack_from(window, at)[0] if at + 8 <= end else end + 1
+                    if stop > end:
+                        break
+                    found.append(window[at + 8:stop].decode())
+                    at = stop
+            except UnicodeDecodeError:
+                raise self.fail(field, "not UTF-8") from None
+            self.position = self.start + at
+            if len(found) < count:
+                found.append(self.string(field))
+        return found
+
     def value(self, kind: int, field: str) -> Any:
         if kind == 8:
             return self.string(field)
@@ -103,7 +122,7 @@ class _Cursor:
         if inner == 8:
             if count > (self.size - self.position) // 8:
                 raise self.fail(field, f"{count} strings cannot fit in the remaining {self.size - self.position} bytes")
-            return [self.string(field) for _ in range(count)]
+            return self.strings(count, field)
         if inner not in _SCALARS:
             raise self.fail(field, f"arrays of value type {inner} are not supported")
         item = np.dtype("<" + _SCALARS[inner])
