@@ -119,8 +119,9 @@ def train(
     accelerator = training.make_accelerator(config.training, next(module.parameters()).device)
     module.to(accelerator.device)
     output_dir = Path(output_dir)
+    given = ref
     ref, eval_ref = _references(
-        ref, config, loss, module, model.tokenizer, tokenized.examples, held_out, layout, isolate, output_dir, accelerator, progress
+        given, config, loss, module, model.tokenizer, tokenized.examples, held_out, layout, isolate, output_dir, accelerator, progress
     )
     batches = data.Batches(
         tokenized.examples,
@@ -139,7 +140,7 @@ def train(
         "tokenizer": data.tokenizer_hash(model.tokenizer),
         "examples": data.examples_hash(tokenized.examples),
         "batch_size": batches.batch_size,
-        "reference": type(ref).__name__ if ref is not None else "none",
+        "reference": type(given).__name__ if given is not None else config.reference,
         "ld_alpha": config.ld_alpha,
         "wpo": config.wpo,
         "lora": [config.lora_rank, config.lora_alpha],
@@ -215,11 +216,14 @@ def _references(
         "accelerator": accelerator,
         "progress": progress,
     }
+    # A run that does not see every example once scores what it sees, as it goes: the same rows of the same frozen weights.
+    short = config.num_steps is not None and config.num_steps * config.batch_size < len(examples)
+    live = short and config.reference == "auto" and adapters.has_adapters(module)
     cached = []
-    for name, part in (("reference", examples), ("reference-eval", held_out)):
+    for name, part in (("reference", [] if live else examples), ("reference-eval", held_out)):
         mark = reference_fingerprint(module, tokenizer, part, config, layout=layout, isolate=isolate)
         cached.append(CachedRef.compute(module, part, fingerprint=mark, path=output_dir / f"{name}.safetensors", **how) if part else None)
-    return cached[0], cached[1]
+    return AdapterOff() if live else cached[0], cached[1]
 
 
 @torch.no_grad()

@@ -143,6 +143,17 @@ def test_held_out_pairs_have_their_own_reference_scores(tiny_model, tmp_path):
     assert last["eval/loss"] < math.log(2)
 
 
+def test_a_short_run_scores_the_reference_on_the_rows_it_sees(tiny_model, tmp_path):
+    rows = [{"prompt": f"Count to {n}:", "chosen": f" {n} it is", "rejected": f" no, {n + 1} rather"} for n in range(3, 15)]
+    curves = {}
+    for reference in ("auto", "cached"):
+        config = da.Config(batch_size=2, num_steps=3, lora_rank=4, reference=reference, training=TrainingConfig(learning_rate=1e-2))
+        run = da.train(rows, config=config, model=tiny_model, output_dir=tmp_path / reference, progress=False)
+        curves[reference] = [(line["loss"], line["rewards/margins"]) for line in run.history]
+        assert (tmp_path / reference / "reference.safetensors").exists() == (reference == "cached")
+    assert curves["auto"] == curves["cached"]
+
+
 # ---- counts, micro-batches, metrics
 
 
