@@ -392,18 +392,22 @@ def _backward(ctx, grad_logp, grad_lse, grad_target, grad_entropy, *_others):
         raise RuntimeError("internal: the frozen head's direction cannot serve a gradient of the entropy")
     need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
     need_bias = need_bias and operands[2] is not None
-    if ctx.in_gradient and not ctx.holds_logits:  # a second backward recomputes every row
+    # The logits in the gradient's memory serve one backward outside create_graph, which goes through the operator; any other recomputes.
+    from_store = ctx.holds_logits and not torch.is_grad_enabled()
+    if ctx.in_gradient and not from_store:
         resident = resident[:0]
     kept = (resident, offsets, row_direction, tile_lse)
     arguments = (*operands, lse, target, *coefs, *kept, *ctx.options, need_hidden, need_weight, need_bias)
-    if ctx.accumulate_into is None and not ctx.holds_logits:
+    if from_store:
+        ctx.holds_logits = not need_weight
+        # `.data`: the saved tensor's version stays, its content is not looked at again.
+        grad_hidden, grad_weight, grad_bias = _gradients(None, store.data, *arguments)
+    elif ctx.accumulate_into is None:
         grad_hidden, grad_weight, grad_bias = _grad_op(None, None, *arguments)
     else:
         if torch.is_grad_enabled():
             _no_second_derivative(ctx)
-        # `.data`: the saved tensor's version stays, its content is not looked at again.
-        store, ctx.holds_logits = (store.data, not need_weight) if ctx.holds_logits else (None, False)
-        grad_hidden, grad_weight, grad_bias = _gradients(ctx.accumulate_into, store, *arguments)
+        grad_hidden, grad_weight, grad_bias = _gradients(ctx.accumulate_into, None, *arguments)
     return (
         grad_hidden if need_hidden else None,
         grad_weight if need_weight and ctx.accumulate_into is None else None,

@@ -105,7 +105,11 @@ def _degenerate(a: float, b: float) -> str:
 
 
 class _Null:
-    """ICS of the pair with the rows of b permuted: standardised matrices on a few tokens are summed over the channels as they come."""
+    """ICS of the pair with the rows of b permuted: standardised matrices on a few tokens, summed over the channels.
+
+    Three channels are permuted in one pass, side by side as the last dimension: a gather of single numbers would cost more than their
+    products.
+    """
 
     def __init__(self, num_tokens: int, seed: int):
         self.count = min(num_tokens, _NULL_TOKENS)
@@ -113,6 +117,7 @@ class _Null:
         self.orders = [torch.randperm(self.count, generator=generator) for _ in range(_NULL_DRAWS)]
         self.totals: dict[str, list[float]] = {}
         self.channels: dict[str, int] = {}
+        self.waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def add(self, terms: str, a: Factors, b: Factors) -> None:
         k = self.count
@@ -121,12 +126,23 @@ class _Null:
         scale = float(x.norm()) * float(y.norm())
         if scale == 0.0:
             return
+        self.channels[terms] = self.channels.get(terms, 0) + 1
+        waiting = self.waiting.setdefault(terms, [])
+        waiting.append((x / scale, y))
+        if len(waiting) == 3:
+            self._permute(terms)
+
+    def _permute(self, terms: str) -> None:
+        waiting = self.waiting.pop(terms, [])
+        if not waiting:
+            return
+        x, y = (torch.stack(side, dim=2) for side in zip(*waiting, strict=True))
         totals = self.totals.setdefault(terms, [0.0] * len(self.orders))
         for i, order in enumerate(self.orders):
-            totals[i] += float(torch.dot(x.view(-1), y[order][:, order].view(-1))) / scale
-        self.channels[terms] = self.channels.get(terms, 0) + 1
+            totals[i] += float(torch.dot(x.view(-1), y.index_select(0, order).index_select(1, order).view(-1)))
 
     def result(self, terms: str, score: float) -> tuple[float, float, float]:
+        self._permute(terms)
         if terms not in self.totals or self.count < 4:
             return math.nan, math.nan, math.nan
         draws = torch.tensor(self.totals[terms], dtype=torch.float64) / self.channels[terms]
