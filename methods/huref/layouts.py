@@ -21,9 +21,9 @@ from llmcore.checkpoints import CheckpointError
 
 # D hidden size, H query heads, G key/value heads, d head dimension, F feed-forward width
 
-BLOCK_BYTES = 2 << 20  # sequential reads of some size, and few enough rows that blocks are small beside the factors
+BLOCK_BYTES = 1 << 20  # sequential reads of some size, and few enough rows that blocks are small beside the factors
 FEWEST_ROWS = 256  # fewer rows make a product that runs at a fraction of the machine's rate
-WIDE_ROWS = 1024  # of a matrix so wide that BLOCK_BYTES hold fewer than FEWEST_ROWS: the product reads all of X (K, D) for each block
+WIDE_ROWS = 1024  # of a matrix so wide that BLOCK_BYTES hold less than half of FEWEST_ROWS: each block's product reads all of X (K, D)
 LARGEST_BLOCK = 64 << 20
 
 
@@ -92,7 +92,7 @@ class Matrix:
 
 def rows_of_block(row_bytes: int, limit: int) -> int:
     rows = BLOCK_BYTES // row_bytes
-    return min(rows if rows >= FEWEST_ROWS else WIDE_ROWS, limit // row_bytes)
+    return min(WIDE_ROWS if 2 * rows < FEWEST_ROWS else max(rows, FEWEST_ROWS), limit // row_bytes)
 
 
 def read_blocks(
