@@ -26,6 +26,7 @@ class AdaptedReader:
         self._scale = config.get("lora_alpha", rank) / (rank**0.5 if config.get("use_rslora") else rank)
         self._transposed = bool(config.get("fan_in_fan_out"))
         self._low, self._replaced = {}, {}
+        self._recent: dict[tuple[str, torch.dtype | None], tuple[torch.Tensor, torch.Tensor]] = {}
         for name in adapter.names():
             stem = name.removeprefix("base_model.model.")
             if stem.endswith(".lora_A.weight"):
@@ -82,10 +83,19 @@ class AdaptedReader:
             else self._base.rows(name, index, dtype=dtype)
         )
         if name in self._low:
-            low, high = (self._adapter.read(part, dtype=values.dtype) for part in self._low[name])
+            low, high = self._factors(name, values.dtype)
             delta = (high @ low).mT[torch.from_numpy(index)] if self._transposed else high[torch.from_numpy(index)] @ low
             values = values + self._scale * delta
         return values
+
+    def _factors(self, name: str, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A, B) of a weight, read once for all blocks of its rows: those of the last two weights are kept (gate and up go in turns)."""
+        if (name, dtype) not in self._recent:
+            if len(self._recent) == 2:
+                del self._recent[next(iter(self._recent))]
+            low, high = (self._adapter.read(part, dtype=dtype) for part in self._low[name])
+            self._recent[name, dtype] = low, high
+        return self._recent[name, dtype]
 
     def close(self) -> None:
         self._base.close()
