@@ -199,4 +199,4 @@ def test_inactive_pairs_cost_no_backward(mode):
     print(mode, rows, f"inactive backward / forward = {share:.4f}, releasing {release:.1f} ms")
     harness.save(f"preference_inactive_{mode}", {"shape": "8 x 128 (64 scored), D 576, V 49152, float32", "rows": rows,
                                                  "inactive_backward_over_forward": share, "release_ms": release})  # fmt: skip
-    assert rows["inactive"]["backward_ms"] - release < 0.02 * rows["inactive"]["forward_ms"]
+    assert share < 0.02

@@ -112,11 +112,17 @@ def test_frozen_head(dtype, softcap, monkeypatch):
     hidden, weight, _, labels, upstream = _inputs(11, 40, 1200, dtype)
     weight[1100:] *= 8
     gradients = []
-    for function, cast, backend in ((fused_linear_logprob, dtype, {"backend": "triton"}), (linear_logprob_reference, torch.float64, {})):
+    for function, cast, backend in (
+        (fused_linear_logprob, dtype, {"backend": "triton"}),
+        (linear_logprob_reference, torch.float64, {}),
+        (linear_logprob_reference, dtype, {}),
+    ):
         leaf = hidden.to(cast).requires_grad_()
         result = function(leaf, weight.to(cast), labels, softcap=softcap, **backend)
         gradients.append(torch.autograd.grad((result.logp * upstream[0]).sum(), leaf)[0])
-    assert _relative(*gradients) < (2e-6 if dtype == torch.float32 else 4e-3)
+    ours, truth, plain = gradients
+    # Twice the error of plain PyTorch in the same dtype, and a float32 rounding: a constant holds on one CPU's products and not on another's.
+    assert _relative(ours, truth) < 2 * _relative(plain, truth) + 2**-23
 
 
 @served
