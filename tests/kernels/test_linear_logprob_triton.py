@@ -121,7 +121,7 @@ def test_frozen_head(dtype, softcap, monkeypatch):
         result = function(leaf, weight.to(cast), labels, softcap=softcap, **backend)
         gradients.append(torch.autograd.grad((result.logp * upstream[0]).sum(), leaf)[0])
     ours, truth, plain = gradients
-    # Twice the error of plain PyTorch in the same dtype, and a float32 rounding: a constant holds on one CPU's products and not on another's.
+    # Twice the error of plain PyTorch in the same dtype, and a float32 rounding; a constant would hold on one CPU alone.
     assert _relative(ours, truth) < 2 * _relative(plain, truth) + 2**-23
 
 
