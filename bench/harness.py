@@ -51,10 +51,7 @@ def device_slug() -> str:
     if not torch.cuda.is_available():
         from llmcore.kernels import backends
 
-        if name == "Intel(R) Xeon(R) Processor" and " amx_tile " in Path("/proc/cpuinfo").read_text():
-            name = "Intel Xeon AMX"  # a virtual machine that hides the model: what it can do says more
-        else:
-            name += f" {level[torch.ops.llmcore.extension_info()]}" if backends.extension_error() is None else ""
+        name += f" {level[torch.ops.llmcore.extension_info()]}" if backends.extension_error() is None else ""
         count = torch.get_num_threads()
         name += f" {count} thread{'s' if count > 1 else ''}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -225,7 +225,7 @@ def fused_linear_logprob(
     want = sum(
         bit for name, bit in (("entropy", ENTROPY), ("mean_logit", MEAN), ("is_top1", ARGMAX), ("log_sum_sq", SUM_SQ)) if name in outputs
     )
-    logp, lse, target, entropy, mean, top1, sum_sq, *_kept = _op(
+    logp, lse, target, entropy, mean, top1, sum_sq, resident, _offsets, _direction, _tile_lse, store = _op(
         hidden_states,
         weight,
         bias,
@@ -278,6 +278,7 @@ def fused_linear_logprob(
         asked("log_sum_sq", sum_sq),
         kl,
         stats,
+        () if compiling else (resident, store),
     )
 
 

@@ -280,6 +280,10 @@ def _gradients(
             coefs[1][:, None], row_direction[alive], value=-1.0
         )
     elif num_rows:
+        if store is not None and not store.untyped_storage().nbytes():  # LinearLogprob.release
+            store = None
+        if not resident.untyped_storage().nbytes():
+            resident, offsets = resident[:0], offsets[:0]
         in_store = 0 if store is None else in_gradient
         kept = in_store + resident.shape[0]
         slots = torch.where(alive < kept, alive, -1) if kept else None

@@ -46,6 +46,13 @@ class LinearLogprob:
     log_sum_sq: Tensor | None
     kl_full: Tensor | None
     stats: Stats
+    _kept: tuple[Tensor, ...] = ()  # logits kept for the backward
+
+    def release(self) -> None:
+        """Give the kept logits back to the system now: for a caller who knows that no row will have a gradient. A backward that finds one
+        recomputes."""
+        for logits in self._kept:
+            logits.untyped_storage().resize_(0)
 
 
 _live_stats: weakref.WeakValueDictionary[int, Stats] = weakref.WeakValueDictionary()

@@ -60,7 +60,7 @@ class GGUFHeader:
 class _Cursor:
     """Reads little-endian values through a window; every length is checked against what is left before memory is taken."""
 
-    WINDOW = 1 << 20
+    WINDOW = 1 << 16  # what is read past the header is for nothing
 
     def __init__(self, file: CountedFile):
         self.file, self.size, self.position = file, file.size, 0

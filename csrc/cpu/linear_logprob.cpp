@@ -29,9 +29,29 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kWave = 512;                     // rows of a wave
-constexpr int64_t kPad = 16;                       // keeps the panels of Z off each other's cache sets
 constexpr int64_t kHiddenPanelBytes = 8ll << 20;   // H stays packed for the whole call up to this size
 constexpr int64_t kRowsInGradient = 4096;          // as in linear_logprob_cpp.py
+
+// Tiles of a product's result, one task each: as many rows as a chunk of A has in half a second-level cache, whole register tiles of every
+// instruction set, and fewer columns the more threads there are.
+struct Grid {
+  static constexpr int64_t kRows = 192;
+  int64_t rows = 0, columns = 0, width = 128, groups = 0, tasks = 0;
+
+  Grid(int64_t rows, int64_t columns, int64_t threads) : rows(rows), columns(columns) {
+    const int64_t bands = (rows + kRows - 1) / kRows;
+    while (width > 32 && bands * ((columns + width - 1) / width) < 8 * threads) width /= 2;
+    groups = (columns + width - 1) / width;
+    tasks = bands * groups;
+  }
+  struct Part {
+    int64_t row, count, column, width;
+  };
+  Part part(int64_t task) const {
+    const int64_t row = task / groups * kRows, column = task % groups * width;
+    return {row, std::min(kRows, rows - row), column, std::min(width, columns - column)};
+  }
+};
 
 struct Operand {  // rows of a matrix with unit last stride
   const char* data = nullptr;
@@ -120,6 +140,7 @@ struct Waves {
   const int64_t padded_size;   // hidden columns, whole panels
   const bool keeps_hidden;     // H is packed for all rows at once
   const int64_t hidden_rows;   // rows that the packed H has room for
+  const int64_t pad;           // spreads the lines that a register tile reads of A, kNR columns a panel, over all first-level cache sets
   const int64_t z_stride, hidden_stride, weight_stride;
   Buffer<real> transposed, weight_rows, panel_scratch, z, hidden_panels, row_buffer, bias;
   const std::optional<Tensor>& bias_tensor;
@@ -132,10 +153,10 @@ struct Waves {
         transform{logit_scale, softcap, temperature, logit_scale == 1 && softcap == 0 && temperature == 1},
         threads(std::max<int64_t>(1, torch::stable::get_num_threads())), padded_size((shapes.hidden_size + k.nr - 1) / k.nr * k.nr),
         keeps_hidden(shapes.rows * padded_size * int64_t(sizeof(real)) <= kHiddenPanelBytes),
-        hidden_rows(keeps_hidden ? shapes.rows : std::min(kWave, shapes.rows)), z_stride(std::min(kWave, shapes.rows) * k.nr + kPad),
-        hidden_stride(hidden_rows * k.nr + kPad), weight_stride(kBlock * k.nr + kPad), transposed(needs_transposed ? kBlock * shapes.hidden_size : 0),
+        hidden_rows(keeps_hidden ? shapes.rows : std::min(kWave, shapes.rows)), pad(4 * k.nr), z_stride(std::min(kWave, shapes.rows) * k.nr + pad),
+        hidden_stride(hidden_rows * k.nr + pad), weight_stride(kBlock * k.nr + pad), transposed(needs_transposed ? kBlock * shapes.hidden_size : 0),
         weight_rows(needs_rows ? padded_size / k.nr * weight_stride : 0), panel_scratch(needs_rows ? 0 : threads * k.nr * padded_size), z(kBlock / k.nr * z_stride),
-        hidden_panels(padded_size / k.nr * hidden_stride), row_buffer(threads * shapes.hidden_size), bias(b ? kBlock + kPad : 0), bias_tensor(b) {
+        hidden_panels(padded_size / k.nr * hidden_stride), row_buffer(threads * shapes.hidden_size), bias(b ? kBlock + k.nr : 0), bias_tensor(b) {
     if (keeps_hidden) pack_hidden(0, shapes.rows);
   }
 
@@ -172,7 +193,7 @@ struct Waves {
       const Storage storage = Operand(*bias_tensor, kType<real>).storage;
       const char* from = static_cast<const char*>(bias_tensor->data_ptr()) + first * (storage == Storage::kReal ? sizeof(real) : 2);
       k.convert_row(from, storage, columns, bias.get());
-      std::fill(bias.get() + columns, bias.get() + kBlock + kPad, real(0));
+      std::fill(bias.get() + columns, bias.get() + kBlock + k.nr, real(0));
     }
     const bool keeps = weight_rows.get() != nullptr;
     if (!needs_logits && !keeps) return;
@@ -189,34 +210,28 @@ struct Waves {
     });
   }
 
-  // Phase 1: raw logits of rows [begin, end) into the wave's panels. With many threads the rows are split too, at multiples of a register
-  // tile's rows and not below 48.
+  // Phase 1: raw logits of rows [begin, end) into the wave's panels.
   void project(int64_t wave, int64_t begin, int64_t end) {
-    const int64_t panels = (columns + k.nr - 1) / k.nr, group = std::max<int64_t>(1, panels / (4 * threads)), groups = (panels + group - 1) / group;
-    const int64_t splits = std::max<int64_t>(1, std::min((2 * threads + groups - 1) / groups, (end - begin) / 48));
-    const int64_t share = ((end - begin + splits - 1) / splits + 11) / 12 * 12;
-    run_tasks(groups * splits, threads, [&](int64_t t, int64_t) {
-      const int64_t column = t % groups * group * k.nr, n = std::min(group * k.nr, columns - column);
-      const int64_t first = begin + t / groups * share, count = std::min(share, end - first);
-      if (count <= 0) return;
-      k.gemm_rows(count, n, shapes.hidden_size, hidden_wave(wave) + (first - wave) * k.nr, hidden_stride, transposed.get() + column * shapes.hidden_size,
-                  shapes.hidden_size * k.nr, z.get() + column / k.nr * z_stride + (first - wave) * k.nr, k.nr, z_stride, false);
+    const Grid grid(end - begin, columns, threads);
+    run_tasks(grid.tasks, threads, [&](int64_t t, int64_t) {
+      const auto [row, count, column, width] = grid.part(t);
+      const int64_t first = begin + row - wave;
+      k.gemm_rows(count, width, shapes.hidden_size, hidden_wave(wave) + first * k.nr, hidden_stride, transposed.get() + column * shapes.hidden_size,
+                  shapes.hidden_size * k.nr, z.get() + column / k.nr * z_stride + first * k.nr, k.nr, z_stride, false);
     });
   }
 
-  // Phase 3, one task: columns [first, first + width) of into (rows of ldc) = or += Z · W, and of Zᵀ · H.
-  void times_weight(int64_t count, int64_t first, int64_t width, real* into) const {
-    k.gemm_rows(count, width, columns, z.get(), z_stride, weight_rows.get() + first / k.nr * weight_stride, weight_stride, into, shapes.hidden_size, k.nr,
-                true);
+  // Phase 3, one task: a part of into (rows of ldc) = or += Z · W, and of Zᵀ · H.
+  void times_weight(const Grid::Part& part, real* into) const {
+    k.gemm_rows(part.count, part.width, columns, z.get() + part.row * k.nr, z_stride, weight_rows.get() + part.column / k.nr * weight_stride, weight_stride,
+                into + part.row * shapes.hidden_size + part.column, shapes.hidden_size, k.nr, true);
   }
-  void times_hidden(int64_t wave, int64_t count, int64_t first, int64_t width, real* into, bool accumulate) const {
-    k.gemm_columns(columns, width, count, z.get(), z_stride, hidden_wave(wave) + first / k.nr * hidden_stride, hidden_stride, into, shapes.hidden_size, k.nr,
-                   accumulate);
+  void times_hidden(int64_t wave, int64_t rows_of_wave, const Grid::Part& part, real* into, bool accumulate) const {
+    k.gemm_columns(part.count, part.width, rows_of_wave, z.get() + part.row / k.nr * z_stride, z_stride,
+                   hidden_wave(wave) + part.column / k.nr * hidden_stride, hidden_stride, into + part.row * shapes.hidden_size + part.column,
+                   shapes.hidden_size, k.nr, accumulate);
   }
 };
-
-// Hidden columns of one phase-3 task: whole panels of every register tile.
-int64_t hidden_chunk(int64_t threads) { return threads <= 4 ? 128 : 64; }
 
 int64_t row_tasks(int64_t rows) { return (rows + 15) / 16; }
 
@@ -242,7 +257,6 @@ void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, con
   float* offset = optional_data<float>(offsets);
   real* u = optional_data<real>(direction);
   if (u != nullptr) std::fill(u, u + m * d, real(0));
-  const int64_t chunk = hidden_chunk(w.threads), chunks = (d + chunk - 1) / chunk;
 
   for (int64_t start = 0; start < v; start += kBlock) {
     w.begin_block(start, true);
@@ -279,10 +293,8 @@ void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, con
         }
       });
       if (u == nullptr) continue;
-      run_tasks(chunks, w.threads, [&](int64_t t, int64_t) {
-        const int64_t first = t * chunk;
-        w.times_weight(end - wave, first, std::min(chunk, d - first), u + wave * d + first);
-      });
+      const Grid grid(end - wave, d, w.threads);
+      run_tasks(grid.tasks, w.threads, [&](int64_t t, int64_t) { w.times_weight(grid.part(t), u + wave * d); });
     }
   }
 }
@@ -335,7 +347,6 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
   const int64_t moved = overwrites ? std::max<int64_t>(0, in_store - kWave) : 0;
   Buffer<real> later(moved * kBlock);
   Buffer<real> dw_block(needs_weight && !in_place ? kBlock * d : 0);
-  const int64_t chunk = hidden_chunk(w.threads), chunks = (d + chunk - 1) / chunk;
   const int64_t tiles = (v + kBlock - 1) / kBlock;
   const double chain_at = logit_scale / temperature;
 
@@ -357,6 +368,7 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
         alignas(64) real z[kBlock];
         for (int64_t i = wave + t * 16; i < std::min(end, wave + (t + 1) * 16); ++i) {
           real* panels = w.z.get() + (i - wave) * w.k.nr;
+          const real* logits = z;
           const uint16_t* half = nullptr;
           real row_offset = 0;
           if (i >= stored) {
@@ -367,30 +379,32 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
             row_offset = offset[slots[i] * tiles + start / kBlock];
           } else {
             const bool was_moved = moved > 0 && i >= kWave && i < in_store;
-            std::copy_n(was_moved ? later.get() + (i - kWave) * kBlock : kept_real.row(slots[i], start, w.columns), w.columns, z);
+            logits = was_moved ? later.get() + (i - kWave) * kBlock : kept_real.row(slots[i], start, w.columns);
           }
-          w.k.row_gradient(z, w.columns, w.transform, half, row_offset, lse[i], prob_coef[i], slope ? slope[i] : real(0), slope != nullptr);
+          w.k.row_gradient(logits, w.columns, w.transform, half, row_offset, lse[i], prob_coef[i], slope ? slope[i] : real(0), slope != nullptr, panels,
+                           w.z_stride);
           const int64_t local = label[i] - vocab_start - start;
           if (local >= 0 && local < w.columns) {  // from the exact target logit: 1 - p cancels
             const real p = std::exp(target[i] - lse[i]);
             const double ratio = softcap ? target[i] * temperature / softcap : 0.0;
-            z[local] = static_cast<real>((target_coef[i] - p * (prob_coef[i] + (slope ? slope[i] * target[i] : real(0)))) * chain_at * (1 - ratio * ratio));
+            const real mass = prob_coef[i] + (slope ? slope[i] * target[i] : real(0));
+            panels[local / w.k.nr * w.z_stride + local % w.k.nr] = static_cast<real>((target_coef[i] - p * mass) * chain_at * (1 - ratio * ratio));
           }
-          w.k.pack_row(z, w.columns, panels, w.z_stride);
         }
       });
       const bool last = end == m, first_wave = wave == 0;
-      const int64_t hidden_tasks = dh != nullptr ? chunks : 0, weight_tasks = needs_weight ? chunks : 0;
-      run_tasks(hidden_tasks + weight_tasks + (db != nullptr ? 1 : 0), w.threads, [&](int64_t t, int64_t) {
-        if (t >= hidden_tasks + weight_tasks) return w.k.add_column_sums(w.z.get(), w.z_stride, end - wave, w.columns, db + start);
-        const bool for_hidden = t < hidden_tasks;
-        const int64_t first = (for_hidden ? t : t - hidden_tasks) * chunk, width = std::min(chunk, d - first);
-        if (for_hidden) return w.times_weight(end - wave, first, width, dh + wave * d + first);
-        real* into = in_place ? static_cast<real*>(grad_weight->data_ptr()) + start * d + first : dw_block.get() + first;
-        w.times_hidden(wave, end - wave, first, width, into, !first_wave || (in_place && accumulate_weight));
+      const Grid hidden_grid(dh != nullptr ? end - wave : 0, d, w.threads), weight_grid(needs_weight ? w.columns : 0, d, w.threads);
+      const int64_t products = hidden_grid.tasks + weight_grid.tasks;
+      run_tasks(products + (db != nullptr ? 1 : 0), w.threads, [&](int64_t t, int64_t) {
+        if (t == products) return w.k.add_column_sums(w.z.get(), w.z_stride, end - wave, w.columns, db + start);
+        if (t < hidden_grid.tasks) return w.times_weight(hidden_grid.part(t), dh + wave * d);
+        const Grid::Part part = weight_grid.part(t - hidden_grid.tasks);
+        real* into = in_place ? static_cast<real*>(grad_weight->data_ptr()) + start * d : dw_block.get();
+        w.times_hidden(wave, end - wave, part, into, !first_wave || (in_place && accumulate_weight));
         if (!in_place && last)
-          for (int64_t c = 0; c < w.columns; ++c)
-            store_row(w.k, into + c * d, width, static_cast<char*>(grad_weight->data_ptr()) + ((start + c) * grad_weight->stride(0) + first) * element, weight_type,
+          for (int64_t c = part.row; c < part.row + part.count; ++c)
+            store_row(w.k, into + c * d + part.column, part.width,
+                      static_cast<char*>(grad_weight->data_ptr()) + ((start + c) * grad_weight->stride(0) + part.column) * element, weight_type,
                       accumulate_weight);
       });
     }

@@ -2,6 +2,7 @@
 // one at run time: tile<real>(). The float32 and float64 kernel (linear_logprob.cpp) is written against `Tile` alone.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -34,7 +35,7 @@ struct Tile {
   void (*unpack_row)(const real*, int64_t, int64_t, real*);
   void (*finish_logits)(real*, int64_t, const real*, const Transform&);
   void (*row_statistics)(real*, int64_t, int, const Transform&, real*, uint16_t*, bool, RowSums&);
-  void (*row_gradient)(real*, int64_t, const Transform&, const uint16_t*, real, real, real, real, bool);
+  void (*row_gradient)(const real*, int64_t, const Transform&, const uint16_t*, real, real, real, real, bool, real*, int64_t);
   void (*store_half_row)(const real*, int64_t, uint16_t*, Storage, bool);
   void (*scale_row)(real*, int64_t, real);
   void (*add_column_sums)(const real*, int64_t, int64_t, int64_t, real*);

@@ -13,10 +13,20 @@ namespace TILE_NAMESPACE {
 // (kRowsOfX: k runs along a panel's lines, then to the next panel) or as A = Xᵀ (k runs down a panel); both walk memory that lies together.
 enum class Read { kRowsOfX, kColumnsOfX };
 
+constexpr int64_t kLine = 64 / sizeof(real);                                            // elements of a cache line
+constexpr int64_t kAheadTiles = 16;                                                     // register tiles over which the next panel's fetch is spread
+constexpr int64_t kAhead = std::max<int64_t>(1, kNR * kNR / kLine / kAheadTiles);  // lines fetched for each kNR steps of k
+
 // C (mr x kNR) = or += A (mr x kc) · B (kc x kNR, one panel). In kColumnsOfX the mr rows of A lie in one panel.
+// ahead: the part of the next panel of B to fetch meanwhile. C, which is read last, is asked for first.
 template <int mr, Read how>
-inline void micro(int64_t kc, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate) {
+inline void micro(int64_t kc, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate, const real* ahead) {
   constexpr int kVecs = kNR / Vec::kWidth;
+  if (accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; ++i)
+      for (int j = 0; j < kNR; j += kLine) __builtin_prefetch(c + i * ldc + j, 1);
+  }
   Vec acc[mr][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < mr; ++i)
@@ -25,6 +35,7 @@ inline void micro(int64_t kc, const real* a, int64_t stride, const real* b, real
   constexpr bool kRowsOfX = how == Read::kRowsOfX;
   for (int64_t k0 = 0; k0 < kc; k0 += kNR) {
     const int64_t width = kc - k0 < kNR ? kc - k0 : kNR;
+    for (int64_t line = 0; line < kAhead; ++line, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 4
     for (int64_t k = 0; k < width; ++k) {
       Vec bv[kVecs];
@@ -50,9 +61,9 @@ inline void micro(int64_t kc, const real* a, int64_t stride, const real* b, real
 }
 
 template <Read how, int mr = kMR>
-inline void micro_edge(int rows, int64_t kc, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate) {
-  if (rows == mr) return micro<mr, how>(kc, a, stride, b, c, ldc, accumulate);
-  if constexpr (mr > 1) micro_edge<how, mr - 1>(rows, kc, a, stride, b, c, ldc, accumulate);
+inline void micro_edge(int rows, int64_t kc, const real* a, int64_t stride, const real* b, real* c, int64_t ldc, bool accumulate, const real* ahead) {
+  if (rows == mr) return micro<mr, how>(kc, a, stride, b, c, ldc, accumulate, ahead);
+  if constexpr (mr > 1) micro_edge<how, mr - 1>(rows, kc, a, stride, b, c, ldc, accumulate, ahead);
 }
 
 // C (m x n) = or += A (m x k) · B. A is a panel matrix read as `how` says, B one of k rows with panels `b_stride` apart; C is rows of `ldc`
@@ -71,15 +82,17 @@ void gemm(int64_t m, int64_t n, int64_t k, const real* a, int64_t a_stride, cons
     for (int64_t j = 0; j < n; j += kNR) {
       const real* panel = b + (j / kNR) * b_stride + k0 * kNR;
       const int64_t columns = n - j < kNR ? n - j : kNR;
-      for (int64_t i = 0, rows; i < m; i += rows) {
+      const real* ahead = j + kNR < n ? panel + b_stride : b + (k0 + kChunk < k ? (k0 + kChunk) * kNR : 0);
+      const real* const last = ahead + (kAheadTiles - 1) * kAhead * kLine * (kChunk / kNR);
+      for (int64_t i = 0, rows; i < m; i += rows, ahead = std::min(ahead + kAhead * kLine * (kChunk / kNR), last)) {
         rows = m - i < kMR ? m - i : kMR;
         if (how == Read::kColumnsOfX && rows > kNR - i % kNR) rows = kNR - i % kNR;
         const real* from = how == Read::kRowsOfX ? a + (k0 / kNR) * a_stride + i * kNR : a + (i / kNR) * a_stride + k0 * kNR + i % kNR;
         real* to = c + (j / kNR) * c_stride + i * ldc;
         if (columns == kNR || padded) {
-          micro_edge<how>(static_cast<int>(rows), kc, from, a_stride, panel, to, ldc, add);
+          micro_edge<how>(static_cast<int>(rows), kc, from, a_stride, panel, to, ldc, add, ahead);
         } else {
-          micro_edge<how>(static_cast<int>(rows), kc, from, a_stride, panel, edge, kNR, false);
+          micro_edge<how>(static_cast<int>(rows), kc, from, a_stride, panel, edge, kNR, false, ahead);
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t q = 0; q < columns; ++q) to[r * ldc + q] = (add ? to[r * ldc + q] : real(0)) + edge[r * kNR + q];
         }
@@ -212,17 +225,20 @@ inline void row_statistics(real* z, int64_t n, int want, const Transform& t, rea
   out.sum_sq = squares.reduce_add();
 }
 
-// da of one row of a tile in place. On entry z holds final logits; with resident_half the probabilities are exp(offset - lse) times the stored ones.
-inline void row_gradient(real* z, int64_t n, const Transform& t, const uint16_t* resident_half, real offset, real lse, real prob_coef, real slope,
-                         bool has_slope) {
+// da of one row of a tile, into a panel matrix with zeros past n. z: final logits, or with resident_half none: the probabilities are then
+// exp(offset - lse) times the stored ones.
+inline void row_gradient(const real* z, int64_t n, const Transform& t, const uint16_t* resident_half, real offset, real lse, real prob_coef, real slope,
+                         bool has_slope, real* panels, int64_t stride) {
   constexpr int64_t w = Vec::kWidth;
   const Vec negative_lse = Vec::set1(-lse), beta = Vec::set1(prob_coef), e = Vec::set1(slope), factor = Vec::set1(real(-t.logit_scale / t.temperature));
   const real rescale = resident_half != nullptr ? std::exp(offset - lse) : real(0);
   alignas(64) real lanes[w];
-  for (int64_t j = 0; j < n; j += w) {
+  int64_t j = 0;
+  for (; j < n; j += w) {
+    const bool whole = j + w <= n;
     Vec x, p;
     if (resident_half != nullptr) {
-      if (j + w <= n) {
+      if (whole) {
         x = Vec::load_bfloat16(resident_half + j);
       } else {
         for (int64_t q = 0; q < w; ++q) lanes[q] = j + q < n ? real(std::bit_cast<float>(uint32_t(resident_half[j + q]) << 16)) : real(0);
@@ -235,7 +251,12 @@ inline void row_gradient(real* z, int64_t n, const Transform& t, const uint16_t*
         x = Vec::load(lanes);
       }
     } else {
-      x = Vec::load(z + j);
+      if (whole) {
+        x = Vec::load(z + j);
+      } else {
+        for (int64_t q = 0; q < w; ++q) lanes[q] = j + q < n ? z[j + q] : real(0);
+        x = Vec::load(lanes);
+      }
       p = Vec::exp(Vec::add(x, negative_lse));
     }
     Vec inner = has_slope ? Vec::fma(e, x, beta) : beta;
@@ -244,8 +265,15 @@ inline void row_gradient(real* z, int64_t n, const Transform& t, const uint16_t*
       const Vec ratio = Vec::mul(x, Vec::set1(real(t.temperature / t.softcap)));
       da = Vec::mul(da, Vec::fma(Vec::mul(ratio, Vec::set1(-1)), ratio, Vec::set1(1)));
     }
-    da.store(z + j);
+    real* const out = panels + j / kNR * stride + j % kNR;
+    if (whole) {
+      da.store(out);
+    } else {
+      da.store(lanes);
+      for (int64_t q = 0; q < w; ++q) out[q] = j + q < n ? lanes[q] : real(0);
+    }
   }
+  for (; j % kNR != 0; ++j) panels[j / kNR * stride + j % kNR] = 0;
 }
 
 // One row of a gradient, rounded once into a 16-bit parameter's dtype, or added to what is there.

@@ -519,6 +519,17 @@ def test_logits_kept_in_the_gradients_memory_give_the_bits_of_recomputed_ones():
                 assert all(torch.equal(a, b) for a, b in zip(gradients(kept.logp, leaves, **options), exact, strict=True))
 
 
+def test_released_logits_are_recomputed_when_a_gradient_comes_after_all(backend):
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, labels, _ = _inputs(40, 600, 16, dtype)
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        exact = torch.autograd.grad(fused_linear_logprob(*leaves, labels, backend=backend, mode="recompute").logp.sum(), leaves)
+        kept = fused_linear_logprob(*leaves, labels, backend=backend, mode="resident")
+        kept.release()
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(kept.logp.sum(), leaves), exact, strict=True))
+        assert kept.stats.gemm_units == 4
+
+
 def test_second_derivative_is_refused_with_the_way_out(backend):
     hidden, weight, labels, _ = _inputs(6, 50, 4, torch.float64)
     h = hidden.requires_grad_()

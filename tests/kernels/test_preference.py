@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from llmcore.kernels.linear_logprob import fused_linear_logprob
+from llmcore.kernels.linear_logprob_results import LinearLogprob
 from llmcore.kernels.preference import fused_preference_loss, preference_loss_reference
 
 from llmcore.losses import AOT, BCO, DPO, KTO, LOSS_NAMES, ORPO, SFT, Hinge, IPOSum, kto_baseline, ld_logps, loss_from_name, wpo_weights
@@ -164,11 +165,15 @@ def test_reference_rows_ride_in_the_policy_launch_when_the_head_is_shared():
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
 
 
-def test_inactive_pairs_leave_the_backward_and_a_batch_of_them_costs_nothing():
+@pytest.mark.parametrize("mode", ["recompute", "resident"])
+def test_inactive_pairs_leave_the_backward_and_a_batch_of_them_costs_nothing(mode, monkeypatch):
+    released = []
+    monkeypatch.setattr(LinearLogprob, "release", lambda scores, release=LinearLogprob.release: released.append(scores) or release(scores))
     hidden, weight, labels, ref = _inputs(6, torch.float32)
     behind = ref.clone()
     behind[S // 2 :] += 1e4  # rejected far likelier under the reference: every margin is met
-    result = fused_preference_loss(hidden, weight, labels, loss=Hinge(), ref_logp=behind, shift=1, mode="recompute")
+    result = fused_preference_loss(hidden, weight, labels, loss=Hinge(), ref_logp=behind, shift=1, mode=mode)
+    assert len(released) == 1  # kept logits do not wait for the backward
     result.loss.backward()
     assert result.loss == 0
     assert result.stats.rows_backward == 0
@@ -176,8 +181,9 @@ def test_inactive_pairs_leave_the_backward_and_a_batch_of_them_costs_nothing():
     assert not weight.grad.any()
     assert not hidden.grad.any()
     behind[S // 2] -= 2e4  # one pair active
-    result = fused_preference_loss(hidden, weight, labels, loss=Hinge(), ref_logp=behind, shift=1, mode="recompute")
+    result = fused_preference_loss(hidden, weight, labels, loss=Hinge(), ref_logp=behind, shift=1, mode=mode)
     result.loss.backward()
+    assert len(released) == 1
     assert result.stats.rows_backward == int(result.counts[[0, S // 2]].sum())
     assert result.metrics()["grad_coef/active"] == 0.25
 
@@ -525,6 +531,7 @@ def test_errors_name_the_argument():
 def _rank(rank, path, results):
     import torch.distributed as dist
 
+    torch.set_num_threads(1)  # a forked process has none of its parent's OpenMP threads and would wait for them
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     hidden, weight, labels, ref = _inputs(21)
     cut = (0, 400, V)
