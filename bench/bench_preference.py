@@ -118,8 +118,6 @@ def markdown(content: dict[str, Any]) -> str:
         lines = [f"{content['shape']}.", "", "| pairs | forward ms | backward ms | backward / forward |", "|---|---:|---:|---:|"]
         lines += [f"| {kind} | {row['forward_ms']:.1f} | {row['backward_ms']:.1f} | {row['backward_ms'] / row['forward_ms']:.4f} |"
                   for kind, row in content["rows"].items()]  # fmt: skip
-        if content.get("release_ms"):
-            lines += ["", f"Giving back as much memory as the kept logits take costs {content['release_ms']:.1f} ms by itself."]
         return "\n".join(lines)
     lines = [f"{content['model']}, {content['pairs']} pairs, {content['tokens']} tokens a step, live reference.", "",
              "| step | median ms [p20, p80] | tokens/s | peak memory above the model, MiB | tokens/s, memory over TRL |",
@@ -188,15 +186,7 @@ def test_inactive_pairs_cost_no_backward(mode):
             assert (result.stats.rows_backward == 0) == (kind == "inactive")
     rows = {kind: {name: statistics.median(values[1:]) for name, values in sides.items()} for kind, sides in times.items()}
     share = rows["inactive"]["backward_ms"] / rows["inactive"]["forward_ms"]
-    # What the kept logits cost to give back to the system, whoever does it and when: as much fresh memory, freed.
-    releases = []
-    for _ in range(6 if mode == "resident" else 0):
-        memory = torch.ones(512, 49152)
-        begin = time.perf_counter()
-        del memory
-        releases.append((time.perf_counter() - begin) * 1e3)
-    release = statistics.median(releases) if releases else 0.0
-    print(mode, rows, f"inactive backward / forward = {share:.4f}, releasing {release:.1f} ms")
+    print(mode, rows, f"inactive backward / forward = {share:.4f}")
     harness.save(f"preference_inactive_{mode}", {"shape": "8 x 128 (64 scored), D 576, V 49152, float32", "rows": rows,
-                                                 "inactive_backward_over_forward": share, "release_ms": release})  # fmt: skip
+                                                 "inactive_backward_over_forward": share})  # fmt: skip
     assert share < 0.02
