@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 the work failed, 2 wrong usage or input, 130 interrupted (
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import sys
 
@@ -23,6 +25,9 @@ COMMANDS = {
 
 
 def main() -> None:
+    # Imports, vocabularies and token lists are a million objects and no garbage; what is alive at the end goes with the process.
+    gc.set_threshold(200_000, 20, 20)
+    atexit.register(gc.freeze)
     import typer
 
     class Lazy(typer.core.TyperGroup):

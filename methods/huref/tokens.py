@@ -159,7 +159,7 @@ def _from_gguf(metadata: dict[str, Any], source: str) -> Vocabulary:
     for i, piece in enumerate(tokens):
         pieces.setdefault(piece, i)
     kinds, scores = metadata.get("tokenizer.ggml.token_type"), metadata.get("tokenizer.ggml.scores")
-    special = [i for i, kind in enumerate(() if kinds is None else kinds) if kind in (2, 3, 4, 5)]  # unknown, control, user defined, unused
+    special = [] if kinds is None else np.isin(kinds, (2, 3, 4, 5)).nonzero()[0].tolist()  # unknown, control, user defined, unused
     merges = metadata.get("tokenizer.ggml.merges")
     if merges:
         order: Iterable[str] = [m.replace(" ", "", 1) for m in merges]
