@@ -472,9 +472,10 @@ def fused_preference_loss(
         out = objective(sums, ref_sums, layout.counts)
         value = out.loss
         sums = sums.detach()
-        # On a GPU the question would make the host wait for the device.
-        if eager and device.type == "cpu" and not bool(out.grad_w.any()) and not bool(out.grad_l.any()):
-            scores.release()  # before the backward of the model, and none of it in ours
+        # Kept logits that nothing will read go before the backward of the model. A kernel of a GPU does not ask: the host would wait.
+        waits = not eager or device.type != "cpu" or stats.backend == "triton"
+        if not waits and not bool(out.grad_w.any()) and not bool(out.grad_l.any()):
+            scores.release()
     if ref_stats is not None:
         stats.gemm_units += ref_stats.gemm_units
     value = value * (layout.counts.sum() > 0)  # a rank without a scored row has loss 0, still connected to the graph

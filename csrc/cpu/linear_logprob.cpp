@@ -1,9 +1,9 @@
 // Fused linear log-probability on CPU: statistics of softmax(cap(s (H Wᵀ + b)) / τ) per row, and the gradients, without the logit matrix.
 //
 // Loop order: vocabulary blocks of 512 columns outside, waves of 512 rows inside, and in each wave three parallel phases between barriers:
-//   1  Z (rows x 512)  = H Wᵀ          a few panels of columns a task
-//   2  row by row: bias, scale, cap, temperature, online statistics / gradient of the logits in place
-//   3  dH += dZ W, dW = dZᵀ H          a few panels of hidden columns a task
+//   1  Z (rows x 512)  = H Wᵀ          a tile of Z a task (Grid)
+//   2  row by row: bias, scale, cap, temperature, online statistics / gradient of the logits, dZ in the place of Z
+//   3  dH += dZ W, dW = dZᵀ H          a tile of dH or dW a task
 // Every operand of a product is a panel matrix [columns / NR][rows][NR] (linear_logprob_tile.h): Z is one, H is packed into one once a call where
 // that is small, the weight block into W (phase 3) and Wᵀ (phase 1) once a block. All register tiles then read memory that lies together.
 // Every sum is formed in an order fixed by the shapes alone (vocabulary blocks in order, rows in order), by one thread, without atomics: results are the same bits
@@ -12,7 +12,8 @@
 // are float32 (float64 operands: float64), running sums over the vocabulary are float64. Scratch does not grow with the vocabulary.
 //
 // A hand-written register tile and not the vendor's GEMM per tile: the vendor's result for a row depends on how many rows share the call, and the
-// tile is not slower (12 x 32 on AVX-512: 160-185 GFLOP/s a thread on panels, where the vendor's product of the same sizes gave 140-165).
+// tile is not slower (12 x 32 on AVX-512: 160-185 GFLOP/s a thread on panels, where the vendor's product of the same sizes gave 140-165; 6 x 16 on
+// AVX2: 88-93 of the 99 that multiply-adds between registers reach).
 #include <cmath>
 #include <limits>
 #include <optional>
