@@ -76,7 +76,7 @@ def measure(problem: peers.Problem, *, rounds: int, only: list[str] | None, memo
     dtype = getattr(torch, problem.dtype)
     gemms = {"gemm forward": harness.gemm_step(n, v, d, dtype), "gemm grad_hidden": harness.gemm_step(n, d, v, dtype),
              "gemm grad_weight": harness.gemm_step(v, d, n, dtype)}  # fmt: skip
-    times = harness.interleaved({**candidates, **gemms}, rounds=rounds, slow_factor=6.0)  # "score only" is a fifth of a whole step
+    times = harness.interleaved({**candidates, **gemms}, rounds=rounds, slow_factor=6.0)  # "score only" is a quarter of a whole step
     floor = sum(times[name]["median_ms"] for name in gemms)
     reference = [times[name]["median_ms"] for name in candidates if not name.startswith("llmcore")]
     fastest_peer = min(reference) if reference else None

@@ -473,8 +473,8 @@ def fused_preference_loss(
         value = out.loss
         sums = sums.detach()
         # Kept logits that nothing will read go before the backward of the model. A kernel of a GPU does not ask: the host would wait.
-        waits = not eager or device.type != "cpu" or stats.backend == "triton"
-        if not waits and not bool(out.grad_w.any()) and not bool(out.grad_l.any()):
+        may_ask = eager and device.type == "cpu" and stats.backend != "triton"
+        if may_ask and not bool(out.grad_w.any()) and not bool(out.grad_l.any()):
             scores.release()
     if ref_stats is not None:
         stats.gemm_units += ref_stats.gemm_units

@@ -25,9 +25,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    # Imports, vocabularies and token lists are a million objects and no garbage; what is alive at the end goes with the process.
-    gc.set_threshold(200_000, 20, 20)
-    atexit.register(gc.freeze)
+    atexit.register(gc.freeze)  # what is alive at the end goes with the process: the interpreter's last collections need not look at it
     import typer
 
     class Lazy(typer.core.TyperGroup):

@@ -6,6 +6,7 @@ Exit codes: 0 same base (or done), 1 related, 2 no evidence, 3 error.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import math
 import sys
@@ -32,6 +33,7 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        gc.set_threshold(200_000, 20, 20)  # imports and vocabularies are a million objects and no garbage
         from llmcore.methods.huref.opening import give_back_blocks
 
         give_back_blocks()
