@@ -36,7 +36,6 @@ _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 65535
 
 
-
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
     """One tensor record: row-major shape (the file stores it reversed), block type, absolute byte range."""
@@ -48,9 +47,24 @@ class GGUFTensor:
     nbytes: int
 
 
+class StoredArray:
+    """A long numeric array of the metadata that stays in the file until `numpy.asarray` asks for it; the file must be open then."""
+
+    def __init__(self, file: CountedFile, offset: int, count: int, dtype: np.dtype, field: str):
+        self._file, self._offset, self._count, self._dtype, self._field = file, offset, count, dtype, field
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        raw = self._file.read(self._count * self._dtype.itemsize, self._offset, self._field)
+        found = np.frombuffer(raw, dtype=self._dtype)
+        return found if dtype is None else found.astype(dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class GGUFHeader:
-    """Metadata (numeric arrays as NumPy arrays, string arrays as lists), tensors by name, bytes of the header."""
+    """Metadata (numeric arrays as NumPy arrays, long ones as StoredArray, string arrays as lists), tensors by name, bytes of the header."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
@@ -60,7 +74,8 @@ class GGUFHeader:
 class _Cursor:
     """Reads little-endian values through a window; every length is checked against what is left before memory is taken."""
 
-    WINDOW = 1 << 16  # what is read past the header is for nothing
+    WINDOW = 1 << 14  # what is read past the header is for nothing
+    LONG = 1 << 14  # bytes of a numeric array beyond which it is passed over: kinds and scores of a vocabulary are not always needed
 
     def __init__(self, file: CountedFile):
         self.file, self.size, self.position = file, file.size, 0
@@ -74,8 +89,10 @@ class _Cursor:
             raise self.fail(field, f"needs {count} bytes at offset {self.position}, the file has {self.size}")
         begin = self.position - self.start
         if begin + count > len(self.window):
-            length = min(max(count, self.WINDOW), self.size - self.position)
-            self.window, self.start, begin = self.file.read(length, self.position, field), self.position, 0
+            rest = self.window[begin:]
+            offset = self.position + len(rest)
+            length = min(max(count - len(rest), self.WINDOW), self.size - offset)
+            self.window, self.start, begin = rest + self.file.read(length, offset, field), self.position, 0
         self.position += count
         return self.window[begin:begin + count]
 
@@ -94,18 +111,15 @@ class _Cursor:
 
     def strings(self, count: int, field: str) -> list[str]:
         """A vocabulary is 50,000 of them: those that lie whole in the window are cut out of it, the others go through `string`."""
+        native = _native()
+        cut = native.gguf_strings if native is not None else _cut_strings
         found: list[str] = []
         while len(found) < count:
-            window, at, end = self.window, self.position - self.start, len(self.window)
             try:
-                for _ in range(count - len(found)):
-                    stop = at + 8 + _U64.unpack_from(window, at)[0] if at + 8 <= end else end + 1
-                    if stop > end:
-                        break
-                    found.append(window[at + 8:stop].decode())
-                    at = stop
+                whole, at = cut(self.window, self.position - self.start, count - len(found))
             except UnicodeDecodeError:
                 raise self.fail(field, "not UTF-8") from None
+            found += whole
             self.position = self.start + at
             if len(found) < count:
                 found.append(self.string(field))
@@ -126,7 +140,24 @@ class _Cursor:
         if inner not in _SCALARS:
             raise self.fail(field, f"arrays of value type {inner} are not supported")
         item = np.dtype("<" + _SCALARS[inner])
-        return np.frombuffer(self.take(count * item.itemsize, field), dtype=item)
+        if count * item.itemsize <= self.LONG:
+            return np.frombuffer(self.take(count * item.itemsize, field), dtype=item)
+        if count * item.itemsize > self.size - self.position:
+            raise self.fail(field, f"needs {count * item.itemsize} bytes at offset {self.position}, the file has {self.size}")
+        self.position += count * item.itemsize
+        return StoredArray(self.file, self.position - count * item.itemsize, count, item, field)
+
+
+def _cut_strings(window: bytearray, at: int, count: int) -> tuple[list[str], int]:
+    """The whole strings of window[at:], at most `count`, and the place behind them; compiled as `llmcore._native.gguf_strings`."""
+    found: list[str] = []
+    while len(found) < count and at + 8 <= len(window):
+        stop = at + 8 + _U64.unpack_from(window, at)[0]
+        if stop > len(window):
+            break
+        found.append(window[at + 8:stop].decode())
+        at = stop
+    return found, at
 
 
 def read_header(file: CountedFile) -> GGUFHeader:
@@ -357,7 +388,7 @@ def _native() -> Any:
         from llmcore import _native as module  # type: ignore[attr-defined]
     except ImportError:
         return None
-    return module if hasattr(module, "gguf_dequantize") else None
+    return module if hasattr(module, "gguf_strings") else None  # an older build lacks it
 
 
 # From GGUF names to Hugging Face names.

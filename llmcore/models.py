@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from llmcore import files
@@ -243,7 +244,7 @@ def _convert(path: Path, folder: Path) -> None:
         if foreign := sorted(set(reader.names()) - set(known.values())):
             raise CheckpointError(f"{path}: tensor {foreign[0]!r}: no such tensor in a {config['model_type']} model")
         tensors = {name: reader.read(name, dtype=torch.float32) for name in known}
-    tokenizer, settings = _tokenizer(metadata, str(path))
+        tokenizer, settings = _tokenizer(metadata, str(path))
     tokenizer.save(str(folder / "tokenizer.json"))
     files.write_json(folder / "tokenizer_config.json", settings | {"model_max_length": config["max_position_embeddings"]})
     files.write_json(folder / "config.json", config | {"dtype": "float32"})
@@ -287,7 +288,7 @@ def _tokenizer(metadata: dict[str, Any], label: str) -> tuple[Any, dict[str, Any
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     control, user_defined = 3, 4
-    types = metadata.get("tokenizer.ggml.token_type", [])
+    types = np.asarray(metadata.get("tokenizer.ggml.token_type", []))
     added = [AddedToken(token, normalized=False, special=int(t) == control)
              for token, t in zip(tokens, types, strict=False) if t in (control, user_defined)]
     tokenizer.add_tokens(added)

@@ -2,7 +2,8 @@
 #include "native.h"
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "Native code of llmcore that is not tensors: GGUF block de-quantisation, phrase automaton";
+    m.doc() = "Native code of llmcore that is not tensors: GGUF blocks and strings, phrase automaton";
     llmcore::register_gguf_blocks(m);
+    llmcore::register_gguf_strings(m);
     llmcore::register_automaton(m);
 }

@@ -124,6 +124,7 @@ def read_vocabulary(path: str | Path, metadata: dict[str, Any] | None = None) ->
 
 
 # A copy of a model brings the same tokenizer, which is parsed once while somebody holds it: 20 MB that nobody holds are given back.
+# Known by the digest of a tokenizer.json and by its pieces, which a GGUF file of the model lists too.
 _alive: weakref.WeakValueDictionary[bytes, Vocabulary] = weakref.WeakValueDictionary()
 
 
@@ -133,6 +134,11 @@ def _parsed(data: bytes) -> Vocabulary:
     if found is None:
         _alive[digest] = found = _from_tokenizer_json(json.loads(data), "tokenizer.json")
     return found
+
+
+def _pieces_digest(pieces: Iterable[str], byte_level: bool) -> bytes:
+    """Digest of the pieces in the order of their ids: equal for the tokenizer of a model and of its conversions."""
+    return hashlib.blake2b("\0".join(pieces).encode("utf-8", "surrogatepass"), person=b"bytes" if byte_level else b"").digest()
 
 
 def _from_tokenizer_json(data: dict[str, Any], source: str) -> Vocabulary:
@@ -150,11 +156,17 @@ def _from_tokenizer_json(data: dict[str, Any], source: str) -> Vocabulary:
     else:
         raise ValueError(f"{source}: model.vocab must be a list or an object, got {type(vocab).__name__}")
     level = any("ByteLevel" in json.dumps(data.get(part) or {}) for part in ("pre_tokenizer", "decoder"))
-    return _from_pieces(pieces, order, special, source, level)
+    found = _from_pieces(pieces, order, special, source, level)
+    named = {i: piece for piece, i in pieces.items()} | {t["id"]: t.get("content", "") for t in data.get("added_tokens") or []}
+    _alive[_pieces_digest((named[i] for i in sorted(named)), level)] = found
+    return found
 
 
 def _from_gguf(metadata: dict[str, Any], source: str) -> Vocabulary:
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens, byte_level = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.model") == "gpt2"
+    digest = _pieces_digest(tokens, byte_level)
+    if (known := _alive.get(digest)) is not None:  # the other side's: kinds, scores and merges say nothing new of the same pieces
+        return known
     pieces: dict[str, int] = {}
     for i, piece in enumerate(tokens):
         pieces.setdefault(piece, i)
@@ -167,7 +179,8 @@ def _from_gguf(metadata: dict[str, Any], source: str) -> Vocabulary:
         order = [tokens[i] for i in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")]
     else:
         order = tokens
-    return _from_pieces(pieces, order, special, source, metadata.get("tokenizer.ggml.model") == "gpt2")
+    _alive[digest] = found = _from_pieces(pieces, order, special, source, byte_level)
+    return found
 
 
 def _from_sentencepiece(data: bytes, source: str) -> Vocabulary:

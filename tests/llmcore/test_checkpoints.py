@@ -377,6 +377,8 @@ HOSTILE_GGUF = {
                       "metadata key 0: 4611686018427387904 bytes long, at most 65535"),
     "array length": (_gguf([], num_pairs=1, pairs=_gguf_string("k") + struct.pack("<IIQ", 9, 0, 1 << 61)),
                      "metadata 'k': needs 2305843009213693952 bytes"),
+    "long array": (_gguf([], num_pairs=1, pairs=_gguf_string("k") + struct.pack("<IIQ", 9, 5, 5000) + bytes(100)),
+                   "metadata 'k': needs 20000 bytes at offset 49, the file has 160"),
     "strings": (_gguf([], num_pairs=1, pairs=_gguf_string("k") + struct.pack("<IIQ", 9, 8, 1 << 61)),
                 "metadata 'k': 2305843009213693952 strings cannot fit"),
     "nested arrays": (_gguf([], num_pairs=1, pairs=_gguf_string("k") + struct.pack("<IIQ", 9, 9, 1)),
@@ -412,6 +414,36 @@ def test_hostile_gguf(tmp_path, case):
     assert str(path) in str(caught.value)
     assert peak < 4_000_000 + 20 * len(raw)
     assert len(str(caught.value)) < 1000
+
+
+def test_long_arrays_of_gguf_metadata_stay_in_the_file(tmp_path):
+    """A vocabulary has an int32 kind and a float32 score for each token: passed over, read when asked for, where they lie."""
+    kinds = np.arange(30_000, dtype="<i4")
+    texts = [f"token {i} é" for i in range(5_000)]
+    pairs = _gguf_string("kinds") + struct.pack("<IIQ", 9, 5, len(kinds)) + kinds.tobytes()
+    pairs += _gguf_string("texts") + struct.pack("<IIQ", 9, 8, len(texts)) + b"".join(map(_gguf_string, texts))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(_gguf([("w", [8], 0, 0)], num_pairs=2, pairs=pairs, data=bytes(32)))
+    with CheckpointReader(path) as reader:
+        assert reader.metadata["texts"] == texts
+        assert reader.header_bytes < len(pairs) - kinds.nbytes + 40_000  # two windows past what was needed
+        assert np.array_equal(np.asarray(reader.metadata["kinds"]), kinds)
+        assert reader.bytes_read == reader.header_bytes + kinds.nbytes
+
+
+@pytest.mark.parametrize("cut", [gguf._cut_strings, pytest.param(getattr(gguf._native(), "gguf_strings", None), id="compiled")])
+def test_strings_are_cut_out_of_a_window(cut):
+    if cut is None:
+        pytest.skip("llmcore._native was not built")
+    window = bytearray(b"".join(map(_gguf_string, ["a", "", "ü" * 300, "b"])))
+    assert cut(window, 0, 9) == (["a", "", "ü" * 300, "b"], len(window))
+    assert cut(window, 9, 2) == (["", "ü" * 300], len(window) - 9)
+    for end in range(len(window) - 8, len(window)):  # the last one is not whole: neither its length nor its byte may be read
+        assert cut(window[:end], 17, 9) == (["ü" * 300], len(window) - 9)
+    assert cut(window, len(window) + 5, 1) == ([], len(window) + 5)
+    assert cut(struct.pack("<Q", (1 << 64) - 8) + bytes(32), 0, 1) == ([], 0)
+    with pytest.raises(UnicodeDecodeError):
+        cut(bytearray(_gguf_string(b"\xff")), 0, 1)
 
 
 QUANTISED = sorted(gguf._NUMPY)

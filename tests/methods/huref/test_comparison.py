@@ -79,6 +79,15 @@ def test_four_bit_gguf(base, four_bit):
     pure = huref.compare(base, four_bit("Q4_0", "Q4_0"), K=512)
     assert 0.98 < pure.ics < pure.ics_hardened < found.ics
     assert pure.verdict == "same base"
+    # The header of a GGUF file holds its tokenizer. Its pieces are those of the base, so that their kinds need not be read; alone, they
+    # are, and say the same.
+    with opening.open_model(base) as left, opening.open_model(four_bit("Q4_0", "Q8_0")) as right:
+        assert right.vocabulary is left.vocabulary
+        expected, with_base = left.vocabulary.strings, right.reader.bytes_read
+    del left, right
+    with opening.open_model(four_bit("Q4_0", "Q8_0")) as alone:
+        assert alone.vocabulary.strings == expected
+        assert alone.reader.bytes_read == with_base + 4 * len(expected)
 
 
 def test_ics_is_the_mean_of_channel_correlations_and_the_cosine_of_standardised_terms(base, copies):
@@ -126,7 +135,7 @@ def test_vocabulary_is_aligned_by_string(base, copies):
         assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1].item()) < 0.2
 
 
-def test_bytes_read_and_peak_memory(base, copies):
+def test_bytes_read_and_peak_memory(base, copies, four_bit):
     """At most 1.05 times the bytes of two layers and K rows on either side; the whole command below 300 MB, torch included."""
     found = huref.compare(base, copies("all"), K=512)
     with CheckpointReader(base) as reader:
@@ -134,6 +143,8 @@ def test_bytes_read_and_peak_memory(base, copies):
     table = 2 * (2 * layer + 512 * 576 * 4)
     assert found.needed_bytes == table
     assert found.bytes_read <= 1.05 * table
+    quantised = huref.compare(base, four_bit("Q4_0", "Q8_0"), K=512)
+    assert quantised.bytes_read <= 1.05 * quantised.needed_bytes
     # VmHWM, not ru_maxrss: the latter starts, after a fork, at the size of the process that runs the tests.
     code = ("import sys; from llmcore import cli\ntry:\n    cli.main()\nexcept SystemExit:\n    pass\n"
             "print(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1], file=sys.stderr)")
