@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -98,23 +99,34 @@ def _timed(step: Callable[[], Any] | Remote) -> tuple[float, float]:
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], Any] | Remote], *, rounds: int = 7, warmup: int = 1, slow_rounds: int = 3, slow_factor: float = 3.0
+    steps: Mapping[str, Callable[[], Any] | Remote],
+    *,
+    rounds: int = 7,
+    warmup: int = 1,
+    slow_rounds: int = 3,
+    slow_factor: float = 3.0,
+    once_above_s: float = math.inf,
 ) -> dict[str, dict[str, Any]]:
     """Run the steps in turn, round after round, so that drift of the machine hits all alike.
 
-    A step slower than slow_factor times the fastest runs only slow_rounds rounds; its number of rounds is in the result.
+    A step slower than slow_factor times the fastest runs only slow_rounds rounds, and not again at all when its warm-up took more than
+    once_above_s seconds: then the warm-up is its one round. Its number of rounds is in the result.
     Returns name -> {median_ms, p20_ms, p80_ms, min_ms, cpu_ms (process time, median), rounds}.
     """
-    first: dict[str, float] = {}
+    first: dict[str, tuple[float, float]] = {}
     for name, step in steps.items():
         for _ in range(max(warmup, 1)):
-            first[name] = _timed(step)[0]
-    fastest = min(first.values())
+            first[name] = _timed(step)
+    fastest = min(elapsed for elapsed, _ in first.values())
     wall: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
+    for name, (elapsed, spent) in first.items():
+        if elapsed > slow_factor * fastest and elapsed > 1e3 * once_above_s:
+            wall[name], cpu[name] = [elapsed], [spent]
+    once = {name for name, times in wall.items() if times}
     for turn in range(rounds):
         for name, step in steps.items():
-            if turn >= slow_rounds and first[name] > slow_factor * fastest:
+            if name in once or (turn >= slow_rounds and first[name][0] > slow_factor * fastest):
                 continue
             elapsed, spent = _timed(step)
             wall[name].append(elapsed)
