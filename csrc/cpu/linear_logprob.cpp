@@ -30,7 +30,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kWave = 512;                     // rows of a wave
-constexpr int64_t kHiddenPanelBytes = 8ll << 20;   // H stays packed for the whole call up to this size
+constexpr int64_t kHiddenPanelBytes = 8ll << 20;   // H stays packed for the whole call up to this size, what lies beside it included
 constexpr int64_t kRowsInGradient = 4096;          // as in linear_logprob_cpp.py
 
 // Tiles of a product's result, one task each: as many rows as a chunk of A has in half a second-level cache, whole register tiles of every
@@ -148,12 +148,13 @@ struct Waves {
   int64_t start = 0, columns = 0;  // of the present vocabulary block
 
   // needs_transposed / needs_rows: whether the call reads the weight as Wᵀ (logits) and as W (products with the logits' gradient).
+  // beside: bytes growing with the rows that the call holds beside the packed H.
   Waves(const Tensor& h, const Tensor& r, const Tensor& w, const std::optional<Tensor>& b, const Tensor& labels, double logit_scale, double softcap,
-        double temperature, bool needs_transposed, bool needs_rows)
+        double temperature, bool needs_transposed, bool needs_rows, int64_t beside = 0)
       : shapes(check(h, r, w, b, labels)), hidden(h, kType<real>), weight(w, kType<real>), rows(static_cast<const int64_t*>(r.data_ptr())),
         transform{logit_scale, softcap, temperature, logit_scale == 1 && softcap == 0 && temperature == 1},
         threads(std::max<int64_t>(1, torch::stable::get_num_threads())), padded_size((shapes.hidden_size + k.nr - 1) / k.nr * k.nr),
-        keeps_hidden(shapes.rows * padded_size * int64_t(sizeof(real)) <= kHiddenPanelBytes),
+        keeps_hidden(shapes.rows * padded_size * int64_t(sizeof(real)) + beside <= kHiddenPanelBytes),
         hidden_rows(keeps_hidden ? shapes.rows : std::min(kWave, shapes.rows)), pad(4 * k.nr), z_stride(std::min(kWave, shapes.rows) * k.nr + pad),
         hidden_stride(hidden_rows * k.nr + pad), weight_stride(kBlock * k.nr + pad), transposed(needs_transposed ? kBlock * shapes.hidden_size : 0),
         weight_rows(needs_rows ? padded_size / k.nr * weight_stride : 0), panel_scratch(needs_rows ? 0 : threads * k.nr * padded_size), z(kBlock / k.nr * z_stride),
@@ -320,7 +321,10 @@ void backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, co
   const int64_t* slots = optional_data<int64_t>(slots_t);
   int64_t stored = 0;  // stored rows come first
   if ((resident || store) && slots) while (stored < rows.size(0) && slots[stored] >= 0) ++stored;
-  Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature, stored < rows.size(0), grad_hidden.has_value());
+  // Where logits are recomputed memory is to be small: the sums of a dH that the caller rounds to 16 bits count with the packed H.
+  const bool recomputes = stored < rows.size(0), rounded = grad_hidden && hidden.scalar_type() != kType<real>;
+  Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature, recomputes, grad_hidden.has_value(),
+                recomputes && rounded ? grad_hidden->numel() * int64_t(sizeof(real)) : 0);
   const auto [m, d, v] = w.shapes;
   for (const Tensor* t : {&lse_t, &target_t, &target_coef_t, &prob_coef_t})
     STD_TORCH_CHECK(t->scalar_type() == kType<real> && t->is_contiguous() && t->numel() == m, "linear_logprob: row vectors must be (M,) of the accumulation dtype");
