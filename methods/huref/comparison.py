@@ -107,7 +107,7 @@ def _degenerate(a: float, b: float) -> str:
 class _Null:
     """ICS of the pair with the rows of b permuted: standardised matrices on a few tokens, summed over the channels.
 
-    Six channels are permuted in one pass, side by side as the last dimension: a gather of single numbers would cost more than their
+    Three channels are permuted in one pass, side by side as the last dimension: a gather of single numbers would cost more than their
     products.
     """
 
@@ -129,7 +129,7 @@ class _Null:
         self.channels[terms] = self.channels.get(terms, 0) + 1
         waiting = self.waiting.setdefault(terms, [])
         waiting.append((x / scale, y))
-        if len(waiting) == 6:
+        if len(waiting) == 3:
             self._permute(terms)
 
     def _permute(self, terms: str) -> None:

@@ -136,9 +136,11 @@ def _parsed(data: bytes) -> Vocabulary:
     return found
 
 
-def _pieces_digest(pieces: Iterable[str], byte_level: bool) -> bytes:
+def _pieces_digest(pieces: Sequence[str], byte_level: bool) -> bytes:
     """Digest of the pieces in the order of their ids: equal for the tokenizer of a model and of its conversions."""
-    return hashlib.blake2b("\0".join(pieces).encode("utf-8", "surrogatepass"), person=b"bytes" if byte_level else b"").digest()
+    state = hashlib.blake2b("".join(pieces).encode("utf-8", "surrogatepass"), person=b"bytes" if byte_level else b"")
+    state.update(np.fromiter(map(len, pieces), dtype="<i8", count=len(pieces)))
+    return state.digest()
 
 
 def _from_tokenizer_json(data: dict[str, Any], source: str) -> Vocabulary:
@@ -158,7 +160,7 @@ def _from_tokenizer_json(data: dict[str, Any], source: str) -> Vocabulary:
     level = any("ByteLevel" in json.dumps(data.get(part) or {}) for part in ("pre_tokenizer", "decoder"))
     found = _from_pieces(pieces, order, special, source, level)
     named = {i: piece for piece, i in pieces.items()} | {t["id"]: t.get("content", "") for t in data.get("added_tokens") or []}
-    _alive[_pieces_digest((named[i] for i in sorted(named)), level)] = found
+    _alive[_pieces_digest([named[i] for i in sorted(named)], level)] = found
     return found
 
 
