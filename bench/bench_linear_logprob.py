@@ -93,7 +93,7 @@ def measure(problem: peers.Problem, *, rounds: int, only: list[str] | None, memo
         row["share_of_gemm_floor"] = (times["gemm forward"]["median_ms"] if units == 1 else floor * units / 3) / row["median_ms"]
         if fastest_peer:
             row["ratio_to_fastest_peer"] = row["median_ms"] / fastest_peer
-        if memory and row["median_ms"] < 1e3 * SLOW_S:  # in a fresh process: two more runs
+        if memory and row["rounds"] >= min(rounds, 2):  # in a fresh process: two more runs, too many for a step timed once
             row["peak_bytes"] = harness.peak_memory(peers.build, (name, problem), threads=torch.get_num_threads())
             row["scratch_bytes"] = row["peak_bytes"] - (
                 gradients if units >= 3 else hidden.numel() * hidden.element_size() if units == 2 else 0
@@ -141,7 +141,7 @@ def markdown(content: dict[str, Any]) -> str:
             spread = f"[{row['p20_ms']:.0f}, {row['p80_ms']:.0f}]" if row["rounds"] > 1 else "(one run)"
             lines.append(f"| {name} | {row['median_ms']:.0f} {spread} | {row['share_of_gemm_floor']:.2f} "
                          f"| {row.get('ratio_to_fastest_peer', float('nan')):.2f} | {scratch} |")
-        lines += [f"\n{name}: did not run ({reason})." for name, reason in table["missing"].items()]
+        lines += [f"\n{name}: not in the table ({reason})." for name, reason in table["missing"].items()]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

@@ -159,7 +159,7 @@ def _from_tokenizer_json(data: dict[str, Any], source: str) -> Vocabulary:
         raise ValueError(f"{source}: model.vocab must be a list or an object, got {type(vocab).__name__}")
     level = any("ByteLevel" in json.dumps(data.get(part) or {}) for part in ("pre_tokenizer", "decoder"))
     found = _from_pieces(pieces, order, special, source, level)
-    named = {i: piece for piece, i in pieces.items()} | {t["id"]: t.get("content", "") for t in data.get("added_tokens") or []}
+    named = {i: piece for piece, i in pieces.items()} | {t["id"]: str(t.get("content")) for t in data.get("added_tokens") or []}
     _alive[_pieces_digest([named[i] for i in sorted(named)], level)] = found
     return found
 
