@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(llmcore, m) {
   m.def("invariants_product(Tensor left, Tensor right, float mean, float scale) -> Tensor");
   m.def("invariants_pair_sums(Tensor a, Tensor b) -> Tensor");
   m.def("invariants_count_sketch(Tensor rows, Tensor bins, Tensor signs, int width) -> Tensor");
+  m.def("invariants_permuted_dots(Tensor a, Tensor b, Tensor orders) -> Tensor");
   m.def("invariants_sketch_scores(Tensor sketches, Tensor query, int channels) -> Tensor");
 }
 

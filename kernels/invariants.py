@@ -32,8 +32,8 @@ from llmcore.kernels.invariants_plan import ALGORITHMS, SumsPlan, plan_sums
 # K tokens, R depth of a product (R_A, R_B may differ), b width of a sketch, n = K² entries
 
 __all__ = ["ALGORITHMS", "InvariantSums", "SumsPlan", "invariant_correlation", "invariant_matrix", "invariant_matrix_reference",
-           "invariant_sums", "invariant_sums_reference", "measure_rates", "plan_sums", "sketch_scores", "stored_sums", "tensor_sketch",
-           "tensor_sketch_reference"]
+           "invariant_sums", "invariant_sums_reference", "measure_rates", "permuted_dots", "plan_sums", "sketch_scores", "stored_sums",
+           "tensor_sketch", "tensor_sketch_reference"]
 
 backends.declare("invariants", torch=None, cpp="llmcore::invariants_tile_sums", triton=None)
 
@@ -497,6 +497,26 @@ def sketch_scores(sketches: torch.Tensor, query: torch.Tensor, *, channels: int)
     return torch.cat(parts) if parts else query.new_empty(0, channels)
 
 
+def permuted_dots(a: torch.Tensor, b: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
+    """(N,) float64 Σ_ij a[i, j] · b[order[i], order[j]] for each of N orders of the rows and columns of b.
+
+    What the correlation of two matrices over the same K tokens is under relabelled tokens. a, b: (K, K) of one dtype; orders: (N, K) int64.
+    The compiled operator makes no permuted copy of b; K² numbers of b should lie in a cache. Elsewhere rows and columns are gathered.
+    """
+    if a.dim() != 2 or a.shape[0] != a.shape[1] or b.shape != a.shape or b.dtype != a.dtype or b.device != a.device:
+        raise ValueError(f"a and b must be (K, K) of one dtype and device, got {tuple(a.shape)} of {a.dtype} on {a.device} and "
+                         f"{tuple(b.shape)} of {b.dtype} on {b.device}")
+    if orders.dim() != 2 or orders.shape[1] != a.shape[0] or orders.dtype != torch.int64:
+        raise ValueError(f"orders must be (N, {a.shape[0]}) of int64, got {tuple(orders.shape)} of {orders.dtype}")
+    if orders.numel() and not 0 <= int(orders.min()) <= int(orders.max()) < len(a):
+        raise ValueError(f"orders must lie in [0, {len(a)}), got {int(orders.min())} to {int(orders.max())}")
+    a, b = _widen("torch", a.contiguous(), b.contiguous())
+    if _serve("auto", a) == "cpp":
+        return torch.ops.llmcore.invariants_permuted_dots(a, b, orders.contiguous())
+    found = [torch.dot(a.view(-1), b.index_select(0, order).index_select(1, order).view(-1)) for order in orders.to(a.device)]
+    return torch.stack(found).double() if found else a.new_empty(0, dtype=torch.float64)
+
+
 def measure_rates(*, repeats: int = 9) -> dict[str, float]:
     """Rates of this machine at the present number of threads, for `plan_sums(rates=...)`; takes about a tenth of a second.
 
@@ -538,6 +558,7 @@ def _register_fakes() -> None:
     fake("llmcore::invariants_product", lambda left, right, mean, scale: left.new_empty(left.shape[0], right.shape[0]))
     fake("llmcore::invariants_pair_sums", lambda a, b: a.new_empty(5, dtype=torch.float64))
     fake("llmcore::invariants_count_sketch", lambda rows, bins, signs, width: rows.new_empty(width, rows.shape[1]))
+    fake("llmcore::invariants_permuted_dots", lambda a, b, orders: a.new_empty(orders.shape[0], dtype=torch.float64))
     fake("llmcore::invariants_sketch_scores", lambda s, query, channels: query.new_empty(s.shape[0], channels))
 
 

@@ -1,3 +1,3 @@
-from llmcore.cli import main
+from llmcore.cli import command_line
 
-main()
+command_line()

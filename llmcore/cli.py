@@ -6,8 +6,8 @@ Exit codes: 0 done, 1 the work failed, 2 wrong usage or input, 130 interrupted (
 from __future__ import annotations
 
 import atexit
-import gc
 import importlib
+import os
 import sys
 
 from llmcore.errors import EXTRAS, CannotRun, install_command
@@ -24,8 +24,35 @@ COMMANDS = {
 }
 
 
+def command_line() -> None:
+    """What `llmcore` and `python -m llmcore` run: main() in a process of its own, which ends at once when the work is over."""
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # handlers run last in, first out: this one after every other, when threads have been joined
+    try:
+        main()
+        ended.append(0)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):  # a text is for the interpreter to print
+            ended.append(end.code or 0)
+        raise
+
+
+def _leave(ended: list[int]) -> None:
+    """Leave with the status in `ended`, what is alive goes with the process: to take torch's modules apart is half a second.
+
+    After a traceback (no status), or when the reader of a pipe has gone, the interpreter ends as it always does.
+    """
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        return
+    if ended:
+        os._exit(ended[0] & 0xFF)
+
+
 def main() -> None:
-    atexit.register(gc.freeze)  # what is alive at the end goes with the process: the interpreter's last collections need not look at it
+    """Run the command in sys.argv; raises SystemExit with its status."""
     import typer
 
     class Lazy(typer.core.TyperGroup):

@@ -132,7 +132,7 @@ def flat_records(text: str, fail: Any, *, limit: int) -> Iterable[tuple[str, dic
             if record is None or (record.end() - start > limit and name != "__metadata__"):
                 raise fail(f"tensor {short(name)}", f"record at character {start} is not a flat object of at most {limit} characters")
             refuse_deep_nesting(record[0])
-            value = {} if record.end() - start > limit else json.loads(record[0], object_pairs_hook=unique_pairs)
+            value = {} if record.end() - start > limit else _decode_record(record[0])
         except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -151,6 +151,8 @@ def refuse_deep_nesting(text: str, limit: int = 200) -> None:
 
     The parser recurses in C; a process that raised Python's recursion limit (compilers do) would overflow the stack instead of raising.
     """
+    if text.count("[") + text.count("{") <= limit:
+        return
     depth = 0
     for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
         if token[0] in "[{":
@@ -168,3 +170,6 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"key {short(twice)} occurs twice")
     return value
+
+
+_decode_record = json.JSONDecoder(object_pairs_hook=unique_pairs).decode  # json.loads would make a decoder for every record

@@ -5,6 +5,7 @@
 //                        <M_A, M_B> = Σ (P_Aᵀ P_B) ⊙ (Q_Aᵀ Q_B); `symmetric` then visits only tiles on and above the diagonal.
 // invariants_product     (P Qᵀ - mean) · scale, written once.
 // invariants_pair_sums   the five sums of two stored matrices (the direct algorithm).
+// invariants_permuted_dots   Σ A ⊙ B[order][:, order] for many orders of the tokens, no permuted copy.
 // invariants_count_sketch, invariants_sketch_scores   hashed rows; scores of an index of half-precision sketches against one query.
 //
 // GEMM: right factors are packed once into panels of NR columns, a block of TM left rows per task into panels of MR rows, depth in chunks of
@@ -337,6 +338,46 @@ Tensor invariants_pair_sums(const Tensor& a, const Tensor& b) {
   return out;
 }
 
+// result[n] = Σ_ij a[i, j] b[order_n[i], order_n[j]], a and b (k, k).
+template <typename T>
+void permuted_dots(const T* a, const T* b, const int64_t* orders, int64_t k, int64_t count, double* result) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t* order = orders + n * k;
+      double total = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const T *x = a + i * k, *y = b + order[i] * k;
+        double lanes[4] = {};
+        int64_t j = 0;
+        for (; j + 4 <= k; j += 4)
+          for (int l = 0; l < 4; ++l) lanes[l] += static_cast<double>(x[j + l]) * y[order[j + l]];
+        for (; j < k; ++j) lanes[0] += static_cast<double>(x[j]) * y[order[j]];
+        total += (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+      }
+      result[n] = total;
+    }
+  });
+}
+
+Tensor invariants_permuted_dots(const Tensor& a, const Tensor& b, const Tensor& orders) {
+  const ScalarType type = a.scalar_type();
+  check_factor(a, type, "a"), check_factor(b, type, "b");
+  const int64_t k = a.size(0);
+  STD_TORCH_CHECK(a.size(1) == k && b.size(0) == k && b.size(1) == k && a.is_contiguous() && b.is_contiguous(),
+                  "invariants: a and b must be contiguous square matrices of one size");
+  STD_TORCH_CHECK(orders.dim() == 2 && orders.size(1) == k && orders.is_cpu() && orders.is_contiguous() &&
+                  orders.scalar_type() == ScalarType::Long, "invariants: orders must be contiguous int64, one column a row of a");
+  const int64_t* order = static_cast<const int64_t*>(orders.const_data_ptr());
+  for (int64_t i = 0; i < orders.numel(); ++i) STD_TORCH_CHECK(order[i] >= 0 && order[i] < k, "invariants: orders must lie in [0, k)");
+  Tensor out = torch::stable::empty({orders.size(0)}, ScalarType::Double);
+  double* result = static_cast<double*>(out.mutable_data_ptr());
+  if (type == ScalarType::Float)
+    permuted_dots(static_cast<const float*>(a.const_data_ptr()), static_cast<const float*>(b.const_data_ptr()), order, k, orders.size(0), result);
+  else
+    permuted_dots(static_cast<const double*>(a.const_data_ptr()), static_cast<const double*>(b.const_data_ptr()), order, k, orders.size(0), result);
+  return out;
+}
+
 // out[bins[k]] += signs[k] · rows[k], one task a range of columns: no two threads touch one number, and the order of addition is fixed.
 template <typename T>
 void count_sketch(const T* rows, const int64_t* bins, const T* signs, int64_t num_rows, int64_t depth, int64_t width, T* out) {
@@ -423,6 +464,7 @@ STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
   m.impl("invariants_tile_sums", TORCH_BOX(&invariants_tile_sums));
   m.impl("invariants_product", TORCH_BOX(&invariants_product));
   m.impl("invariants_pair_sums", TORCH_BOX(&invariants_pair_sums));
+  m.impl("invariants_permuted_dots", TORCH_BOX(&invariants_permuted_dots));
   m.impl("invariants_count_sketch", TORCH_BOX(&invariants_count_sketch));
   m.impl("invariants_sketch_scores", TORCH_BOX(&invariants_sketch_scores));
 }

@@ -8,6 +8,7 @@ namespace llmcore {
 
 void register_gguf_blocks(pybind11::module_& m);
 void register_gguf_strings(pybind11::module_& m);
+void register_token_pieces(pybind11::module_& m);
 void register_automaton(pybind11::module_& m);
 
 }  // namespace llmcore

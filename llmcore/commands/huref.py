@@ -33,9 +33,14 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        gc.set_threshold(200_000, 20, 20)  # imports and vocabularies are a million objects and no garbage
-        from llmcore.methods.huref.opening import give_back_blocks
+        gc.disable()  # imports are a million objects and no garbage, to be looked at by no later collection either
+        try:
+            from llmcore.methods.huref.opening import give_back_blocks
 
+            gc.freeze()
+        finally:
+            gc.enable()
+        gc.set_threshold(200_000, 20, 20)  # nor are vocabularies
         give_back_blocks()
         try:
             function(*args, **kwargs)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmcore.kernels.invariants import invariant_sums, plan_sums
+from llmcore.kernels.invariants import invariant_sums, permuted_dots, plan_sums
 from llmcore.methods.huref import terms as term_module
 from llmcore.methods.huref.matching import layer_pairs
 from llmcore.methods.huref.opening import LAYERS, Tokens, block_bytes, open_model, release_free_memory, resolve_tokens
@@ -105,47 +105,30 @@ def _degenerate(a: float, b: float) -> str:
 
 
 class _Null:
-    """ICS of the pair with the rows of b permuted: standardised matrices on a few tokens, summed over the channels.
-
-    Three channels are permuted in one pass, side by side as the last dimension: a gather of single numbers would cost more than their
-    products.
-    """
+    """ICS of the pair with the rows of b permuted: standardised matrices on a few tokens, summed over the channels."""
 
     def __init__(self, num_tokens: int, seed: int):
         self.count = min(num_tokens, _NULL_TOKENS)
         generator = torch.Generator().manual_seed(seed)
-        self.orders = [torch.randperm(self.count, generator=generator) for _ in range(_NULL_DRAWS)]
-        self.totals: dict[str, list[float]] = {}
+        self.orders = torch.stack([torch.randperm(self.count, generator=generator) for _ in range(_NULL_DRAWS)])
+        self.totals: dict[str, torch.Tensor] = {}
         self.channels: dict[str, int] = {}
-        self.waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def add(self, terms: str, a: Factors, b: Factors) -> None:
         k = self.count
         x, y = (f.left[:k] @ f.right[:k].mT for f in (a, b))
-        x, y = x - x.mean(), y - y.mean()
+        x -= x.mean()
+        y -= y.mean()
         scale = float(x.norm()) * float(y.norm())
         if scale == 0.0:
             return
         self.channels[terms] = self.channels.get(terms, 0) + 1
-        waiting = self.waiting.setdefault(terms, [])
-        waiting.append((x / scale, y))
-        if len(waiting) == 3:
-            self._permute(terms)
-
-    def _permute(self, terms: str) -> None:
-        waiting = self.waiting.pop(terms, [])
-        if not waiting:
-            return
-        x, y = (torch.stack(side, dim=2) for side in zip(*waiting, strict=True))
-        totals = self.totals.setdefault(terms, [0.0] * len(self.orders))
-        for i, order in enumerate(self.orders):
-            totals[i] += float(torch.dot(x.view(-1), y.index_select(0, order).index_select(1, order).view(-1)))
+        self.totals[terms] = permuted_dots(x, y, self.orders) / scale + self.totals.get(terms, 0.0)
 
     def result(self, terms: str, score: float) -> tuple[float, float, float]:
-        self._permute(terms)
         if terms not in self.totals or self.count < 4:
             return math.nan, math.nan, math.nan
-        draws = torch.tensor(self.totals[terms], dtype=torch.float64) / self.channels[terms]
+        draws = self.totals[terms] / self.channels[terms]
         mean, std = float(draws.mean()), float(draws.std())
         return mean, std, (score - mean) / std if std > 0 else math.nan
 

@@ -85,9 +85,9 @@ def resolve_tokens(tokens: Tokens, model: Opened) -> TokenList:
     if model.vocabulary is None:
         raise ValueError(f"tokens: {model.path} has no tokenizer file to rank tokens by; pass tokens= (a TokenList, ids, or a file of ids)")
     found = TokenList.from_tokenizer(model.vocabulary)
-    keep = [i for i, token in enumerate(found.ids) if token < model.layout.vocab_size]
-    if len(keep) == len(found):
+    if max(found.ids, default=0) < model.layout.vocab_size:
         return found
+    keep = [i for i, token in enumerate(found.ids) if token < model.layout.vocab_size]
     return TokenList(tuple(found.ids[i] for i in keep), tuple(found.strings[i] for i in keep), found.source)
 
 

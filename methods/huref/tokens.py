@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llmcore.kernels import backends
 
 DROPPED = ("<unk>", "<s>", "</s>")  # what the published lists leave out
 MIN_COMMON = 64
@@ -52,6 +53,13 @@ def token_bytes(piece: str, byte_level: bool) -> bytes:
     return piece.replace("\u2581", " ").encode("utf-8", "surrogatepass")
 
 
+def _strings(pieces: Iterable[str], byte_level: bool) -> list[bytes]:
+    """token_bytes of every piece, compiled where that is built."""
+    if backends.native_error() is None and hasattr(backends.native(), "token_bytes"):  # an older build lacks it
+        return backends.native().token_bytes(pieces, byte_level)
+    return [token_bytes(piece, byte_level) for piece in pieces]
+
+
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """strings: byte string of each id (None: special, added or unused). ranked: ids from the most frequent to the rarest by
@@ -64,17 +72,17 @@ class Vocabulary:
     @functools.cached_property
     def ids(self) -> dict[bytes, int]:
         """Byte string -> id; the lowest id when two pieces stand for the same bytes."""
-        table: dict[bytes, int] = {}
-        for i, text in enumerate(self.strings):
-            if text is not None:
-                table.setdefault(text, i)
-        return table
+        table = dict(zip(reversed(self.strings), range(len(self.strings) - 1, -1, -1), strict=True))  # the last written stays: the lowest
+        table.pop(None, None)
+        return table  # type: ignore[return-value]
 
 
-def _ranked(pieces: dict[str, int], order: Iterable[str]) -> tuple[int, ...]:
-    seen = dict.fromkeys(pieces[p] for p in order if p in pieces)
-    rest = [i for i in sorted(pieces.values()) if i not in seen]
-    return (*rest, *seen)  # what no merge makes are single characters: the most frequent
+def _ranked(pieces: dict[str, int], order: Iterable[str], dropped: set[int]) -> tuple[int, ...]:
+    seen = dict.fromkeys(map(pieces.get, order))
+    for i in (None, *dropped):
+        seen.pop(i, None)
+    rest = sorted(set(pieces.values()) - seen.keys() - dropped)
+    return (*rest, *seen)  # type: ignore[arg-type]  # what no merge makes are single characters: the most frequent
 
 
 def _from_pieces(
@@ -83,13 +91,13 @@ def _from_pieces(
     if byte_level is None:
         byte_level = any(p.startswith("\u0120") for p in pieces) and not any(p.startswith("\u2581") for p in pieces)
     strings: list[bytes | None] = [None] * (max(pieces.values(), default=-1) + 1)
-    for piece, i in pieces.items():
-        strings[i] = token_bytes(piece, byte_level)
+    for i, text in zip(pieces.values(), _strings(pieces, byte_level), strict=True):
+        strings[i] = text
     dropped = set(special) | {pieces[p] for p in DROPPED if p in pieces}
     for i in dropped:
         if 0 <= i < len(strings):
             strings[i] = None
-    return Vocabulary(tuple(strings), tuple(i for i in _ranked(pieces, order) if i not in dropped), source)
+    return Vocabulary(tuple(strings), _ranked(pieces, order, dropped), source)
 
 
 def read_vocabulary(path: str | Path, metadata: dict[str, Any] | None = None) -> Vocabulary | None:
@@ -159,7 +167,7 @@ def _from_tokenizer_json(data: dict[str, Any], source: str) -> Vocabulary:
         raise ValueError(f"{source}: model.vocab must be a list or an object, got {type(vocab).__name__}")
     level = any("ByteLevel" in json.dumps(data.get(part) or {}) for part in ("pre_tokenizer", "decoder"))
     found = _from_pieces(pieces, order, special, source, level)
-    named = {i: piece for piece, i in pieces.items()} | {t["id"]: str(t.get("content")) for t in data.get("added_tokens") or []}
+    named = dict(zip(pieces.values(), pieces, strict=True)) | {t["id"]: str(t.get("content")) for t in data.get("added_tokens") or []}
     _alive[_pieces_digest([named[i] for i in sorted(named)], level)] = found
     return found
 
@@ -250,7 +258,7 @@ class TokenList:
         if len(set(self.ids)) != len(self.ids):
             twice = next(i for i, n in collections.Counter(self.ids).items() if n > 1)
             raise ValueError(f"ids must be distinct, {twice} occurs twice among {len(self.ids)}")
-        if any(i < 0 for i in self.ids):
+        if min(self.ids, default=0) < 0:
             raise ValueError(f"ids must be >= 0, got {min(self.ids)}")
 
     def __len__(self) -> int:
@@ -316,9 +324,12 @@ class TokenList:
     @classmethod
     def from_tokenizer(cls, vocabulary: Vocabulary) -> TokenList:
         """Offline ranking: merges of a BPE in the order they were learnt, pieces of a Unigram model by score. Deterministic."""
-        strings = vocabulary.strings
-        kept = [i for i in vocabulary.ranked if (text := strings[i]) is not None and vocabulary.ids[text] == i]
-        return cls(tuple(kept), tuple(strings[i] for i in kept), vocabulary.source)  # type: ignore[misc]
+        ids, strings = vocabulary.ids, vocabulary.strings
+        texts = [strings[i] for i in vocabulary.ranked]
+        kept = [n for n, (i, text) in enumerate(zip(vocabulary.ranked, texts, strict=True)) if text is not None and ids[text] == i]
+        if len(kept) == len(texts):
+            return cls(vocabulary.ranked, tuple(texts), vocabulary.source)  # type: ignore[arg-type]
+        return cls(tuple(vocabulary.ranked[n] for n in kept), tuple(texts[n] for n in kept), vocabulary.source)  # type: ignore[misc]
 
     @classmethod
     def from_corpus(
@@ -371,11 +382,10 @@ def align(tokens: TokenList, vocabulary_b: Vocabulary | None, num_tokens: int, *
     notes: list[str] = []
     if tokens.strings and vocabulary_b is not None:
         other = vocabulary_b.ids
-        shared = [
-            n for n, (i, s) in enumerate(zip(tokens.ids, tokens.strings, strict=True)) if i < size_a and other.get(s, size_b) < size_b
-        ]
+        counterparts = np.fromiter((other.get(s, size_b) for s in tokens.strings), np.int64, len(tokens))
+        shared = ((np.fromiter(tokens.ids, np.int64, len(tokens)) < size_a) & (counterparts < size_b)).nonzero()[0]
         common, dropped_a, dropped_b = len(shared), len(tokens) - len(shared), len(other) - len(shared)
-        pairs = [(tokens.ids[n], other[tokens.strings[n]], tokens.strings[n]) for n in shared[-num_tokens:]]
+        pairs = [(tokens.ids[n], int(counterparts[n]), tokens.strings[n]) for n in shared[-num_tokens:].tolist()]
     elif size_a == size_b:
         notes.append("no tokenizer on one side: equal ids are taken for equal tokens")
         pairs = [(i, i, b"") for i in tokens.ids if i < size_a]

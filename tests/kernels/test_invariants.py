@@ -18,6 +18,7 @@ from llmcore.kernels.invariants import (
     invariant_matrix_reference,
     invariant_sums,
     invariant_sums_reference,
+    permuted_dots,
     plan_sums,
     sketch_scores,
     tensor_sketch,
@@ -206,6 +207,23 @@ def test_sketch_scores():
     truth = (stored.double().view(37, 3, 41) * query.double().view(3, 41)).sum(2)
     assert (sketch_scores(stored, query, channels=3) - truth).abs().max() < 1e-4
     assert sketch_scores(stored[:0], query, channels=3).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_permuted_dots(dtype, backend, monkeypatch):
+    monkeypatch.setenv("LLMCORE_BACKEND", backend)
+    a, b = torch.randn(39, 2 * 39).to(dtype)[:, ::2], torch.randn(39, 39).to(dtype)
+    orders = torch.stack([torch.arange(39), *(torch.randperm(39) for _ in range(4))])
+    truth = torch.stack([(a.double() * b.double()[order][:, order]).sum() for order in orders])
+    found = permuted_dots(a, b, orders)
+    assert found.dtype == torch.float64
+    assert (found - truth).abs().max() <= {torch.float64: 1e-12}.get(dtype, 1e-4)
+    assert permuted_dots(a, b, orders[:0]).shape == (0,)
+    with pytest.raises(ValueError, match=r"orders must lie in \[0, 39\), got 1 to 39"):
+        permuted_dots(a, b, orders + 1)
+    with pytest.raises(ValueError, match="a and b must be"):
+        permuted_dots(a, b[:3], orders)
 
 
 def test_nothing_of_size_k_squared(tmp_path):

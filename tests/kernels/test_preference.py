@@ -285,6 +285,7 @@ def _with_common_prefix(seed=11):
     labels[:, :2] = -100
     labels[:, 2:5] = torch.randint(V, (S, 3))
     labels[half:, :4] = labels[:half, :4]  # two common completion tokens at least
+    labels[half:, 4] = (labels[:half, 4] + 1) % V  # then the two part
     labels[half, 2:] = labels[0, 2:]  # one pair identical
     data[half:, :4] = data[:half, :4]  # rows that predict them, and the row after
     data[half] = data[0]

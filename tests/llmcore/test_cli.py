@@ -34,6 +34,19 @@ def test_wrong_input_is_one_line_and_code_2():
     assert run.stderr.count("\n") == 1
 
 
+def test_the_process_ends_with_its_status_after_every_other_handler():
+    code = ("import atexit, sys, threading, time\nfrom llmcore import cli\n"
+            "def work():\n    threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+            "    atexit.register(print, 'handler')\n    print('x' * 100_000)\n    {end}\n"
+            "cli.main = work\ncli.command_line()")  # fmt: skip
+    for end, status, error in (("pass", 0, ""), ("sys.exit(3)", 3, ""), ("sys.exit()", 0, ""), ("sys.exit('why')", 1, "why"),
+                               ("raise KeyError", 1, "KeyError")):  # fmt: skip
+        run = subprocess.run([sys.executable, "-c", code.format(end=end)], capture_output=True, text=True)
+        assert run.returncode == status
+        assert run.stdout.split() == ["x" * 100_000, "thread", "handler"]
+        assert error in run.stderr
+
+
 def test_a_missing_package_is_one_line_with_the_command_that_installs_it(monkeypatch, capsys, tmp_path):
     real = importlib.metadata.distribution
 
