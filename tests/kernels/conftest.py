@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def _builtins(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if interpreter.tl.core.is_builtin(member)]
+
+    def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        """As the interpreter's own, which lists all members of triton.language at every call of every jit function."""
+        for name in _builtins(package):
+            if interpreter.tl.core.is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = _patch_builtin
 
 
 @pytest.fixture

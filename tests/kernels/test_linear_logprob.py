@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import subprocess
@@ -786,41 +787,41 @@ def test_two_real_processes_equal_one(backend, tmp_path):
 # ---- memory and time -------------------------------------------------------------------------------------------------
 
 MEMORY = """
-    import re, sys, torch
+    import json, os, re, sys, torch
     from pathlib import Path
     from llmcore.kernels.linear_logprob import fused_linear_logprob
-    torch.set_num_threads(1)
-    rows, vocab, dtype, mode, budget, frozen = sys.argv[1:]
-    rows, vocab, dtype, budget, frozen = int(rows), int(vocab), getattr(torch, dtype), int(budget), frozen == "frozen"
-    g = torch.Generator().manual_seed(0)
-    h = torch.randn(rows, 64, generator=g).to(dtype).requires_grad_()
-    w = torch.randn(vocab, 64, generator=g).to(dtype).requires_grad_(not frozen)
-    y = torch.randint(vocab, (rows,), generator=g)
-    field = lambda name: int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    def step():
-        out = fused_linear_logprob(h, w, y, mode=mode, memory_budget=budget if budget else None)
+    def field(name):
+        return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    def warm(h, w):
+        fused_linear_logprob(h.requires_grad_(), w, torch.zeros(1, dtype=torch.long)).logp.sum().backward()
+    def measure(rows, vocab, dtype, mode, budget, frozen):
+        dtype, g = getattr(torch, dtype), torch.Generator().manual_seed(0)
+        h = torch.randn(rows, 64, generator=g).to(dtype).requires_grad_()
+        w = torch.randn(vocab, 64, generator=g).to(dtype).requires_grad_(not frozen)
+        y = torch.randint(vocab, (rows,), generator=g)
+        warm(h.detach()[:1], w.detach()[:600])
+        Path("/proc/self/clear_refs").write_text("5")
+        before = field("VmRSS")
+        out = fused_linear_logprob(h, w, y, mode=mode, memory_budget=budget)
         grads = torch.autograd.grad(out.logp.sum(), (h,) if frozen else (h, w))
-        return sum(x.numel() * x.element_size() for x in grads), out.stats.scratch_bytes, out.stats.mode
-    small = h.detach()[:1].requires_grad_()
-    fused_linear_logprob(small, w.detach()[:600], y[:1] * 0).logp.sum().backward()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = field("VmRSS")
-    gradients, stated, taken = step()
-    print(field("VmHWM") - before - gradients, stated, taken)
+        taken = field("VmHWM") - before - sum(x.numel() * x.element_size() for x in grads)
+        print(json.dumps([taken, out.stats.scratch_bytes, out.stats.mode]), flush=True)
+    warm(torch.ones(1, 64), torch.ones(600, 64))  # imports what a first call imports
+    for case in json.loads(sys.argv[1]):  # one thread: a fork is a fresh process
+        if (child := os.fork()) == 0:
+            measure(*case)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def _scratch(rows, vocab, dtype, mode, budget=0, frozen=False):
+def _scratch(*cases):
+    """[peak beside the gradients, bytes stated, mode taken] of each (rows, vocab, dtype, mode, budget, frozen head)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEMORY), str(rows), str(vocab), dtype, mode, str(budget), "frozen" if frozen else "-"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY), json.dumps(cases)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    measured, stated, taken = run.stdout.split()
-    return int(measured), int(stated), taken
+    return [json.loads(line) for line in run.stdout.splitlines()]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's peak resident set")
@@ -828,25 +829,24 @@ def _scratch(rows, vocab, dtype, mode, budget=0, frozen=False):
 def test_peak_memory_in_a_fresh_process():
     mib = 1 << 20
     slack = 3 * mib  # the interpreter's own allocations and page rounding
-    small, stated, _ = _scratch(512, 8192, "bfloat16", "recompute")
-    large, stated_large, taken = _scratch(1024, 32768, "bfloat16", "recompute")  # 8 times the logits
-    assert taken == "recompute"
-    assert small <= stated + slack
-    assert large <= stated_large + slack
-    assert large <= 8 * mib  # the logits alone would be 64 MiB
-    kept, stated, taken = _scratch(1024, 32768, "bfloat16", "resident")
-    assert taken == "resident"
-    assert 60 * mib <= kept <= 1024 * 32768 * 2 + 8 * mib
-    held, stated, taken = _scratch(1024, 32768, "bfloat16", "resident", budget=24 * mib)  # less than the rows would take
-    assert taken == "mixed"
-    assert stated <= 24 * mib
-    assert held <= 24 * mib * 1.05 + slack
-    _, stated, _ = _scratch(64, 65536, "float32", "recompute")
-    in_gradient, _, taken = _scratch(64, 65536, "float32", "resident")  # 16 MiB of logits, in the gradient's 16 MiB
-    assert taken == "resident"
-    assert in_gradient <= stated + slack
-    frozen, _, _ = _scratch(512, 65536, "float32", "recompute", frozen=True)
-    assert frozen <= 6 * mib  # a gradient of the weight would be 16 MiB
+    small, large, kept, held, plain, in_gradient, frozen = _scratch(
+        (512, 8192, "bfloat16", "recompute", None, False),
+        (1024, 32768, "bfloat16", "recompute", None, False),  # 8 times the logits
+        (1024, 32768, "bfloat16", "resident", None, False),
+        (1024, 32768, "bfloat16", "resident", 24 * mib, False),  # less than the rows would take
+        (64, 65536, "float32", "recompute", None, False),
+        (64, 65536, "float32", "resident", None, False),  # 16 MiB of logits, in the gradient's 16 MiB
+        (512, 65536, "float32", "recompute", None, True),
+    )
+    assert [case[2] for case in (large, kept, held, in_gradient)] == ["recompute", "resident", "mixed", "resident"]
+    assert small[0] <= small[1] + slack
+    assert large[0] <= large[1] + slack
+    assert large[0] <= 8 * mib  # the logits alone would be 64 MiB
+    assert 60 * mib <= kept[0] <= 1024 * 32768 * 2 + 8 * mib
+    assert held[1] <= 24 * mib
+    assert held[0] <= 24 * mib * 1.05 + slack
+    assert in_gradient[0] <= plain[1] + slack
+    assert frozen[0] <= 6 * mib  # a gradient of the weight would be 16 MiB
 
 
 @pytest.fixture

@@ -205,7 +205,7 @@ def test_perturbation_does_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("kind", zeroth_order.KINDS)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 7), (2, 5, 1030), (4, 10, 576)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 7), (2, 5, 1030), (4, 3, 576)])
 def test_norm_and_gradient(backend, kind, shape):
     batch, num_directions, dim = shape[0], shape[1] * WIDTH[kind], shape[2]
     generator = torch.Generator().manual_seed(1)

@@ -47,7 +47,7 @@ def run(command: list[str]) -> None:
 
 
 def test_killed_and_resumed_is_undisturbed_and_two_ranks_are_one(tiny_model, rows, tmp_path):
-    steps = 40
+    steps = 24
     module = [sys.executable, "-m", "llmcore"]
     run([*module, *arguments(tiny_model, rows, tmp_path / "whole", steps)])
     whole = curves(tmp_path / "whole")
