@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -149,7 +150,8 @@ def _forward(
     row_direction = labels.new_empty(0, hidden.shape[-1], dtype=dtype)
     if stats.direction is not None:
         scale = (1 / stats.sum_exp) if factor is None else factor / stats.sum_exp
-        row_direction = _pad_rows(stats.direction.mul_(scale[:, None]), labels.numel())
+        # In its own precision: a float64 factor would make a float64 copy of all of it.
+        row_direction = _pad_rows(stats.direction.mul_(scale.to(stats.direction.dtype)[:, None]), labels.numel())
     tile_lse = labels.new_empty(0, -(-len(weight) // VOCAB_BLOCK), dtype=torch.float32)
     if stats.tile_lse is not None:
         tile_lse = _pad_rows(stats.tile_lse, labels.numel())
@@ -261,7 +263,7 @@ def _gradients(
     head, flat = _head(hidden, weight, bias, labels, kept_index, shift, vocab_start, logit_scale, softcap, temperature)
     row_lse, row_target = take(lse)[alive], take(target)[alive]
     coefs = [c[alive] for c in coefs]
-    num_rows, dtype = len(alive), head.stat_dtype
+    num_rows = len(alive)
     none = hidden.new_empty(0)
     listener = _live_stats.get(record)
     if listener is not None:
@@ -269,16 +271,9 @@ def _gradients(
     share = num_rows / max(num_scored, 1)
 
     grad_hidden = grad_weight = grad_bias = None
+    hidden_rows: Iterable[tuple[slice, Tensor]] = ()
     if row_direction.shape[0]:
-        # Frozen head: dH = target_coef · (da/dz)_y · w_y - prob_coef · Σ_v p_v (da/dz)_v w_v, the sum accumulated by the forward.
-        local = head.labels - vocab_start
-        owned = (local >= 0) & (local < len(weight))
-        factor = logit_scale / temperature
-        chain = factor * (1 - (row_target.to(dtype) * (temperature / softcap)).square()) if softcap else torch.full_like(row_target, factor)
-        picked = weight.index_select(0, local.clamp(0, len(weight) - 1)).to(dtype)
-        grad_rows = picked.mul_((torch.where(owned, coefs[0], 0.0) * chain)[:, None]).addcmul_(
-            coefs[1][:, None], row_direction[alive], value=-1.0
-        )
+        hidden_rows = _frozen_head_rows(head, row_target, coefs, row_direction, alive)
     elif num_rows:
         if store is not None and not store.untyped_storage().nbytes():  # LinearLogprob.release
             store = None
@@ -310,24 +305,27 @@ def _gradients(
             grad_weight_out=accumulate_into if need_weight else None,
             **({"store": store} if in_store else {}),
         )
-        grad_rows, grad_weight, grad_bias = grads.hidden, grads.weight, grads.bias
+        grad_weight, grad_bias = grads.weight, grads.bias
+        hidden_rows = [(slice(None), grads.hidden)]
         if listener is not None:
             recomputed = 1.0 if slots is None else float((slots < 0).sum()) / num_rows
             listener.gemm_units += share * (
                 float(need_hidden) + float(need_weight) + (recomputed if need_hidden or need_weight or need_bias else 0.0)
             )
-    else:
-        grad_rows = torch.zeros(0, hidden.shape[-1], dtype=dtype, device=hidden.device)
     if need_hidden:
-        if group:
-            import torch.distributed as dist
+        for part, rows in hidden_rows:
+            if group:
+                import torch.distributed as dist
 
-            dist.all_reduce(grad_rows, dist.ReduceOp.SUM, _group(group))
-        if num_rows == labels.numel():  # every row, in order
-            grad_hidden = grad_rows.to(hidden.dtype).view(hidden.shape)
-        else:
+                dist.all_reduce(rows, dist.ReduceOp.SUM, _group(group))
+            if len(rows) == labels.numel():  # every row, in order
+                grad_hidden = rows.to(hidden.dtype).view(hidden.shape)
+                break
+            if grad_hidden is None:
+                grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+            grad_hidden.view(-1, hidden.shape[-1]).index_copy_(0, flat[part], rows.to(hidden.dtype))
+        if grad_hidden is None:
             grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-            grad_hidden.view(-1, hidden.shape[-1]).index_copy_(0, flat, grad_rows.to(hidden.dtype))
     if need_weight and grad_weight is None and accumulate_into is None:
         grad_weight = untouched_zeros(weight.shape, weight.dtype, weight.device)
     if need_bias and grad_bias is None:
@@ -338,6 +336,23 @@ def _gradients(
         none.clone() if grad_weight is None else grad_weight,
         none.clone() if grad_bias is None else grad_bias,
     )
+
+
+def _frozen_head_rows(head: Head, target: Tensor, coefs: list[Tensor], direction: Tensor, alive: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """dH of the rows `alive`, a few at a time: target_coef · (da/dz)_y · w_y - prob_coef · Σ_v p_v (da/dz)_v w_v, the sum of a row
+    accumulated by the forward in `direction`. Beside dH and `direction` only one part of them is alive."""
+    weight, dtype = head.weight, direction.dtype
+    local = head.labels - head.vocab_start
+    owned = (local >= 0) & (local < len(weight))
+    factor = head.logit_scale / head.temperature
+    chain = factor * (1 - (target.to(dtype) * (head.temperature / head.softcap)).square()) if head.softcap else factor
+    pull = (torch.where(owned, coefs[0], 0.0) * chain)[:, None]
+    local = local.clamp(0, len(weight) - 1)
+    step = max(1, (1 << 20 if weight.device.type == "cpu" else 1 << 24) // (weight.shape[1] * dtype.itemsize))
+    for start in range(0, len(alive), step):
+        part = slice(start, start + step)
+        rows = weight.index_select(0, local[part]).to(dtype).mul_(pull[part])
+        yield part, rows.addcmul_(coefs[1][part, None], direction.index_select(0, alive[part]), value=-1.0)
 
 
 def _filter_tiles(tile_lse: Tensor, lse: Tensor, coefs: list[Tensor], head: Head, bound: float) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,13 @@ import zlib
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
+
+SEED = os.environ.get("LLMCORE_TEST_SEED")
+hypothesis.settings.register_profile("llmcore", deadline=None, database=None, derandomize=SEED is None)
+hypothesis.settings.load_profile("llmcore")
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +30,8 @@ def poison():
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """Inputs drawn from torch's global generator are the same in every run of a test; `LLMCORE_TEST_SEED=n` draws others."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("LLMCORE_TEST_SEED", "0")))
+    """Inputs drawn from torch's global generator, or by hypothesis, are the same in every run; `LLMCORE_TEST_SEED=n` draws others."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + int(SEED or 0))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

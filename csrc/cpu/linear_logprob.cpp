@@ -242,7 +242,8 @@ void forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, con
              double logit_scale, double softcap, double temperature, int64_t want, const Tensor& stats, const Tensor& argmax,
              const std::optional<Tensor>& resident, const std::optional<Tensor>& offsets, const std::optional<Tensor>& direction,
              const std::optional<Tensor>& store, int64_t kept) {
-  Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature, true, direction.has_value());
+  Waves<real> w(hidden, rows, weight, bias, labels, logit_scale, softcap, temperature, true, direction.has_value(),
+                direction ? direction->numel() * int64_t(sizeof(real)) : 0);
   const auto [m, d, v] = w.shapes;
   STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Double && stats.is_contiguous() && stats.numel() == 6 * m, "linear_logprob: stats must be (6, M) float64");
   double* const row_max = static_cast<double*>(stats.data_ptr());

@@ -794,10 +794,10 @@ MEMORY = """
         return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     def warm(h, w):
         fused_linear_logprob(h.requires_grad_(), w, torch.zeros(1, dtype=torch.long)).logp.sum().backward()
-    def measure(rows, vocab, dtype, mode, budget, frozen):
+    def measure(rows, vocab, dtype, mode, budget, frozen, size=64):
         dtype, g = getattr(torch, dtype), torch.Generator().manual_seed(0)
-        h = torch.randn(rows, 64, generator=g).to(dtype).requires_grad_()
-        w = torch.randn(vocab, 64, generator=g).to(dtype).requires_grad_(not frozen)
+        h = torch.randn(rows, size, generator=g).to(dtype).requires_grad_()
+        w = torch.randn(vocab, size, generator=g).to(dtype).requires_grad_(not frozen)
         y = torch.randint(vocab, (rows,), generator=g)
         warm(h.detach()[:1], w.detach()[:600])
         Path("/proc/self/clear_refs").write_text("5")
@@ -816,7 +816,7 @@ MEMORY = """
 
 
 def _scratch(*cases):
-    """[peak beside the gradients, bytes stated, mode taken] of each (rows, vocab, dtype, mode, budget, frozen head)."""
+    """[peak beside the gradients, bytes stated, mode taken] of each (rows, vocab, dtype, mode, budget, frozen head, hidden size = 64)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", textwrap.dedent(MEMORY), json.dumps(cases)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -829,7 +829,7 @@ def _scratch(*cases):
 def test_peak_memory_in_a_fresh_process():
     mib = 1 << 20
     slack = 3 * mib  # the interpreter's own allocations and page rounding
-    small, large, kept, held, plain, in_gradient, frozen = _scratch(
+    small, large, kept, held, plain, in_gradient, frozen, wide, half = _scratch(
         (512, 8192, "bfloat16", "recompute", None, False),
         (1024, 32768, "bfloat16", "recompute", None, False),  # 8 times the logits
         (1024, 32768, "bfloat16", "resident", None, False),
@@ -837,6 +837,8 @@ def test_peak_memory_in_a_fresh_process():
         (64, 65536, "float32", "recompute", None, False),
         (64, 65536, "float32", "resident", None, False),  # 16 MiB of logits, in the gradient's 16 MiB
         (512, 65536, "float32", "recompute", None, True),
+        (2048, 4096, "float32", "auto", None, True, 896),
+        (2048, 4096, "bfloat16", "auto", None, True, 896),
     )
     assert [case[2] for case in (large, kept, held, in_gradient)] == ["recompute", "resident", "mixed", "resident"]
     assert small[0] <= small[1] + slack
@@ -847,6 +849,8 @@ def test_peak_memory_in_a_fresh_process():
     assert held[0] <= 24 * mib * 1.05 + slack
     assert in_gradient[0] <= plain[1] + slack
     assert frozen[0] <= 6 * mib  # a gradient of the weight would be 16 MiB
+    assert wide[0] <= 16 * mib  # 7 of them the direction that the forward keeps for every row
+    assert half[0] <= 24 * mib  # with 16-bit products its sums are laid out in panels first
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def saliency_lse(tensors):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None, database=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**20),
     rows=st.integers(1, 70),

@@ -496,7 +496,7 @@ def test_gguf_file_of_each_kind(tmp_path, type_name):
         assert reader.huggingface_names() == {}
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(st.data())
 def test_damaged_files_never_do_worse_than_an_error(data):
     """Short form of tests/fuzz/fuzz_checkpoints.py: bytes of a valid file replaced, cut or doubled give a value or a CheckpointError."""
