@@ -43,9 +43,10 @@ def _leave(ended: list[int]) -> None:
     After a traceback (no status), or when the reader of a pipe has gone, the interpreter ends as it always does.
     """
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except (OSError, ValueError):  # the reader has gone, or the program closed it
         return
     if ended:
         os._exit(ended[0] & 0xFF)
