@@ -16,6 +16,8 @@ from typing import Any
 
 import typer
 
+from llmcore.commands.startup import import_torch
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 index_app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="A folder of fingerprints: add checkpoints, ask for likely ancestors."
@@ -28,29 +30,28 @@ _TOKENS = typer.Option(None, "--tokens", help="token list: JSON, or one id a lin
 _MEMORY = typer.Option(None, "--max-memory", help="budget for blocks and factors, such as 2G or 500M")
 
 
-def _guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """Errors of the inputs end with status 3 and one line; 1 and 2 are verdicts here."""
+def _guarded(*, traces: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Errors of the inputs end with status 3 and one line; 1 and 2 are verdicts here. traces: it runs models, which needs all of torch."""
 
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        gc.disable()  # imports are a million objects and no garbage, to be looked at by no later collection either
-        try:
+    def guard(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            import_torch(traces=traces)
             from llmcore.methods.huref.opening import give_back_blocks
 
-            gc.freeze()
-        finally:
-            gc.enable()
-        gc.set_threshold(200_000, 20, 20)  # nor are vocabularies
-        give_back_blocks()
-        try:
-            function(*args, **kwargs)
-        except typer.Exit:
-            raise
-        except (ValueError, TypeError, OSError, KeyError, RuntimeError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(3) from None
+            gc.set_threshold(200_000, 20, 20)  # vocabularies are no garbage
+            give_back_blocks()
+            try:
+                function(*args, **kwargs)
+            except typer.Exit:
+                raise
+            except (ValueError, TypeError, OSError, KeyError, RuntimeError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                raise typer.Exit(3) from None
 
-    return run
+        return run
+
+    return guard
 
 
 def _bytes(text: str | None) -> int | None:
@@ -79,7 +80,7 @@ def _number(value: float | None) -> str:
 
 
 @app.command()
-@_guarded
+@_guarded()
 def compare(
     paths: list[str] = typer.Argument(..., metavar="A B [...]", help="checkpoints: directories, files, stored fingerprints"),
     k: int = typer.Option(512, "--tokens-used", "-K", help="number of tokens; published scores use 4096"),
@@ -172,7 +173,7 @@ def _print_matrix(matrix: Any) -> None:
 
 
 @app.command()
-@_guarded
+@_guarded()
 def fingerprint(
     path: str,
     out: Path = typer.Option(..., "--out", "-o", help="file to write, NAME.huref.safetensors"),
@@ -200,7 +201,7 @@ def fingerprint(
 
 
 @index_app.command("add")
-@_guarded
+@_guarded()
 def index_add(
     folder: Path,
     paths: list[Path] = typer.Argument(..., help="checkpoints, or directories that hold several"),
@@ -228,7 +229,7 @@ def index_add(
 
 
 @index_app.command("query")
-@_guarded
+@_guarded()
 def index_query(folder: Path, path: str, top: int = typer.Option(10, help="how many to show"), as_json: bool = _JSON) -> None:
     """The models of an index most like a checkpoint.
 
@@ -249,7 +250,7 @@ def index_query(folder: Path, path: str, top: int = typer.Option(10, help="how m
 
 
 @app.command()
-@_guarded
+@_guarded()
 def plan(
     path: str,
     b: str | None = typer.Argument(None, help="second checkpoint, for a comparison"),
@@ -276,7 +277,7 @@ def plan(
 
 
 @app.command()
-@_guarded
+@_guarded(traces=True)
 def attack(
     path: str,
     out: Path,

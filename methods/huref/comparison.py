@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from llmcore.kernels.invariants import invariant_sums, permuted_dots, plan_sums
 from llmcore.methods.huref import terms as term_module
@@ -109,8 +110,8 @@ class _Null:
 
     def __init__(self, num_tokens: int, seed: int):
         self.count = min(num_tokens, _NULL_TOKENS)
-        generator = torch.Generator().manual_seed(seed)
-        self.orders = torch.stack([torch.randperm(self.count, generator=generator) for _ in range(_NULL_DRAWS)])
+        generator = np.random.default_rng(seed)  # not torch.Generator: see llmcore/commands/startup.py
+        self.orders = torch.from_numpy(np.stack([generator.permutation(self.count) for _ in range(_NULL_DRAWS)]))
         self.totals: dict[str, torch.Tensor] = {}
         self.channels: dict[str, int] = {}
 
