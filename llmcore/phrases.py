@@ -170,7 +170,7 @@ class PhraseMatcher:
 # ---- bytes of tokens -------------------------------------------------------------------------------------------------------------
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """The printable stand-ins that byte-level BPE vocabularies use for bytes."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(b): b for b in plain}
@@ -210,7 +210,7 @@ def _build_table(tokenizer: Any) -> TokenBytes | None:
     tokens = [b""] * (max(vocab.values()) + 1)
     fallback: set[int] = set()
     if kinds == ["ByteLevel"]:
-        alphabet = _byte_level_alphabet()
+        alphabet = byte_level_alphabet()
         for text, i in vocab.items():
             if i not in special:
                 tokens[i] = text.encode() if i in added or any(c not in alphabet for c in text) else bytes(alphabet[c] for c in text)

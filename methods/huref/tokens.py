@@ -22,20 +22,19 @@ from typing import Any
 import numpy as np
 from llmcore.kernels import backends
 
+from llmcore.phrases import byte_level_alphabet
+
 DROPPED = ("<unk>", "<s>", "</s>")  # what the published lists leave out
 MIN_COMMON = 64
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @functools.cache
-def _byte_alphabet() -> dict[int, str]:
-    """Translation of byte-level BPE characters to Latin-1: printable Latin-1 stands for itself, the other bytes for U+0100 and on.
-
-    Characters that stand for no byte become U+FFFF, which Latin-1 cannot encode.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {**dict.fromkeys(others, "\uffff"), **{256 + i: chr(b) for i, b in enumerate(others)}}
+def _to_latin1() -> dict[int, str]:
+    """Translation of byte-level BPE characters to Latin-1; those that stand for no byte become U+FFFF, which Latin-1 cannot encode."""
+    alphabet = byte_level_alphabet()
+    strangers = {byte: "\uffff" for byte in range(256) if chr(byte) not in alphabet}
+    return strangers | {ord(character): chr(byte) for character, byte in alphabet.items()}
 
 
 def token_bytes(piece: str, byte_level: bool) -> bytes:
@@ -47,7 +46,7 @@ def token_bytes(piece: str, byte_level: bool) -> bytes:
         if spaced.isascii() and piece.isprintable() and " " not in piece:  # most pieces; the table below says the same, slower
             return spaced.encode()
         try:
-            return piece.translate(_byte_alphabet()).encode("latin-1")
+            return piece.translate(_to_latin1()).encode("latin-1")
         except UnicodeEncodeError:
             pass
     return piece.replace("\u2581", " ").encode("utf-8", "surrogatepass")
