@@ -21,13 +21,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from llmcore.kernels import backends
-from llmcore.kernels.invariants_plan import ALGORITHMS, SumsPlan, plan_sums
+from llmcore.kernels.invariants_plan import ALGORITHMS, SumsPlan, plan_sums, tile_work
 
 # K tokens, R depth of a product (R_A, R_B may differ), b width of a sketch, n = K² entries
 
@@ -517,36 +518,33 @@ def permuted_dots(a: torch.Tensor, b: torch.Tensor, orders: torch.Tensor) -> tor
     return torch.stack(found).double() if found else a.new_empty(0, dtype=torch.float64)
 
 
-def measure_rates(*, repeats: int = 9) -> dict[str, float]:
-    """Rates of this machine at the present number of threads, for `plan_sums(rates=...)`; takes about a tenth of a second.
+def measure_rates(*, repeats: int = 5) -> dict[str, float]:
+    """Rates of this machine at the present number of threads, for `plan_sums(rates=...)`; takes about a second.
 
-    Five small products are timed, each the best of `repeats`: deep and shallow ones separate flops from the work for each entry.
+    Timed are products, deep and shallow ones, of which the plan knows flops, entries and packed elements: the rates solve for the medians.
+    The shallow stored product is of a size that the C library never keeps, so that its pages are as fresh as those of a comparison.
     """
     def seconds(step: Callable[[], Any]) -> float:
-        step(), step()
-        best = math.inf
+        step()
+        times = []
         for _ in range(repeats):
             begin = time.perf_counter()
             step()
-            best = min(best, time.perf_counter() - begin)
-        return best
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)
 
-    size, depth, shallow, long = 768, 512, 16, 4096
-    x, thin, tall = torch.randn(size, depth), torch.randn(size, shallow), torch.randn(long, 64)
-    chosen = backends.choose("invariants", "auto", x.device)
+    deep, flat, tall, wide = (torch.randn(shape) for shape in ((1536, 512), (1536, 16), (4096, 192), (3072, 16)))
+    chosen = backends.choose("invariants", "auto", deep.device)
     chosen = chosen if chosen in ("cpp", "torch") else "torch"
-    deep = seconds(lambda: _pair(x, x, x, x, False, chosen))
-    flat = seconds(lambda: _pair(thin, thin, thin, thin, False, chosen))
-    flop, thin_flop = 4.0 * size * size * depth, 4.0 * size * size * shallow
-    tile_flops = (flop - thin_flop) / max(deep - flat, 1e-9)
-    tile_entry = max(flat - thin_flop / tile_flops, 0.0) / size**2
-    packed = seconds(lambda: _pair(tall.mT, tall.mT, tall.mT, tall.mT, False, chosen))
-    pack_element = max(packed - 4.0 * long * 64 * 64 / tile_flops - 64 * 64 * tile_entry, 0.0) / (4 * long * 64)
-    stored_flops = 2.0 * size * size * depth / seconds(lambda: x @ x.mT)
-    direct = seconds(lambda: _direct(thin, thin, thin, thin, chosen))
-    stored_entry = max(direct - thin_flop / stored_flops, 0.0) / size**2
-    return {"tile_flops": tile_flops, "stored_flops": stored_flops, "tile_entry": tile_entry, "stored_entry": stored_entry,
-            "pack_element": pack_element}
+    pairs = (deep, flat, tall.mT)
+    work = torch.tensor([tile_work(len(x), len(x), x.shape[1], x.shape[1]) for x in pairs], dtype=torch.float64)
+    times = torch.tensor([seconds(lambda x=x: _pair(x, x, x, x, False, chosen)) for x in pairs], dtype=torch.float64)
+    flop, entry, element = torch.linalg.solve(work, times).tolist()
+    work = torch.tensor([[4.0 * len(x) ** 2 * x.shape[1], len(x) ** 2] for x in (deep, wide)], dtype=torch.float64)
+    times = torch.tensor([seconds(lambda x=x: _direct(x, x, x, x, chosen)) for x in (deep, wide)], dtype=torch.float64)
+    stored_flop, stored_entry = torch.linalg.solve(work, times).tolist()
+    return {"tile_flops": 1 / max(flop, 1e-15), "stored_flops": 1 / max(stored_flop, 1e-15), "tile_entry": max(entry, 0.0),
+            "stored_entry": max(stored_entry, 0.0), "pack_element": max(element, 0.0)}
 
 
 def _register_fakes() -> None:

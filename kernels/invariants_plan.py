@@ -1,6 +1,6 @@
 """Which of the three exact algorithms computes the sums of a pair of products fastest, from flops and passes over entries.
 
-    factor   flops of Gram matrices: half of a's and b's own (whole tiles on the diagonal), all of the cross products
+    factor   flops of Gram matrices: half of a's and b's own (and the tiles on the diagonal), all of the cross products
     stream   2 K² (R_A + R_B) flops and five sums for each of K² entries, in cache
     direct   the same flops by the library's product, and K² entries of both matrices written and read again
 
@@ -18,7 +18,7 @@ from llmcore.kernels import backends
 # K tokens, R depth of a product (R_A, R_B may differ)
 
 ALGORITHMS = ("factor", "stream", "direct")
-_TILE_ROWS, _TILE_COLUMNS, _STRIPE = 96, 256, 1024  # of the compiled kernel
+_ROWS, _EVERY, _STRIPE = 96, 12, 1024  # of the compiled kernel's tiles: rows at most, what they are a multiple of, columns of a task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,12 @@ class SumsPlan:
 
 
 # GEMM flops a second with the sums taken per tile, flops a second of the library's stored product, seconds an entry to add five sums up
-# in a tile and to write and read two stored entries, seconds to pack an element. avx2: one thread of an AMD EPYC; avx512: two threads of an
-# Intel Xeon. `measure_rates` prints such a row, bench/bench_huref.py planner says what it is worth.
+# in a tile and to write and read two stored entries, seconds to pack an element. Two threads each, avx2 of an AMD EPYC, avx512 of an Intel
+# Xeon (its packing by analogy: not measured since packing changed). `measure_rates` finds such a row, bench/bench_huref.py planner says
+# what it is worth.
 _TABLE = {
-    "avx2": {"tile_flops": 4.5e10, "stored_flops": 4.8e10, "tile_entry": 0.9e-9, "stored_entry": 2.6e-9, "pack_element": 1.2e-9},
-    "avx512": {"tile_flops": 2.2e11, "stored_flops": 3.5e11, "tile_entry": 2.4e-10, "stored_entry": 2.6e-9, "pack_element": 1.4e-9},
+    "avx2": {"tile_flops": 1.2e11, "stored_flops": 1.25e11, "tile_entry": 3.6e-10, "stored_entry": 4.5e-9, "pack_element": 9e-10},
+    "avx512": {"tile_flops": 2.5e11, "stored_flops": 3.5e11, "tile_entry": 2.4e-10, "stored_entry": 2.6e-9, "pack_element": 4e-10},
 }
 
 
@@ -50,12 +51,14 @@ def table_rates() -> dict[str, float]:
     return dict(_TABLE["avx512" if wide else "avx2"])
 
 
-def _symmetric_entries(depth: int) -> int:
-    """Entries that the tiles on and above the diagonal of a (depth, depth) product hold."""
-    total = 0
-    for row in range(0, depth, _TILE_ROWS):
-        total += min(_TILE_ROWS, depth - row) * (depth - row // _TILE_COLUMNS * _TILE_COLUMNS)
-    return total
+def tile_work(rows: int, columns: int, depth_a: int, depth_b: int, *, symmetric: bool = False) -> tuple[float, float, float]:
+    """(flops, entries, packed elements) of the compiled kernel for a pair of products (rows, columns).
+
+    symmetric: tiles begin at the diagonal. The right sides are packed once, the left ones once for each stripe of columns.
+    """
+    tall = min(_ROWS, -(-rows // (8 * _EVERY)) * _EVERY)
+    entries = sum(min(tall, rows - row) * (columns - row) for row in range(0, rows, tall)) if symmetric else rows * columns
+    return 2.0 * entries * (depth_a + depth_b), entries, (depth_a + depth_b) * (columns + rows * -(-columns // _STRIPE))
 
 
 def plan_sums(num_tokens: int, depth_a: int, depth_b: int, *, memory_budget: int | None = None, itemsize: int = 4,
@@ -69,20 +72,12 @@ def plan_sums(num_tokens: int, depth_a: int, depth_b: int, *, memory_budget: int
     """
     k, a, b = num_tokens, depth_a, depth_b
     r = {**table_rates(), **(rates or {})}
-    gram = 4.0 * k * (_symmetric_entries(a) + _symmetric_entries(b) + a * b)  # two products each
-    flops = {"factor": gram, "stream": 2.0 * k * k * (a + b), "direct": 2.0 * k * k * (a + b)}
-
-    def packs(rows: int, columns: int, depth: int) -> int:
-        """Elements packed for one product: the right side once, the left side once a stripe of columns."""
-        return depth * (columns + rows * -(-columns // _STRIPE))
-
-    packed = 2 * (packs(a, a, k) + packs(b, b, k) + packs(a, b, k))
-    entries = (a * a + b * b) / 2 + a * b
-    seconds = {
-        "factor": gram / r["tile_flops"] + entries * r["tile_entry"] + packed * r["pack_element"],
-        "stream": flops["stream"] / r["tile_flops"] + k * k * r["tile_entry"] + packs(k, k, a + b) * r["pack_element"],
-        "direct": flops["direct"] / r["stored_flops"] + k * k * r["stored_entry"],
-    }
+    work = {"factor": [tile_work(a, a, k, k, symmetric=True), tile_work(b, b, k, k, symmetric=True), tile_work(a, b, k, k)],
+            "stream": [tile_work(k, k, a, b)]}
+    flops = {name: sum(w[0] for w in parts) for name, parts in work.items()} | {"direct": 2.0 * k * k * (a + b)}
+    costs = (1 / r["tile_flops"], r["tile_entry"], r["pack_element"])
+    seconds = {name: sum(n * cost for w in parts for n, cost in zip(w, costs, strict=True)) for name, parts in work.items()}
+    seconds["direct"] = flops["direct"] / r["stored_flops"] + k * k * r["stored_entry"]
     held = k * (a + b) * itemsize
     peak = {"factor": held, "stream": held, "direct": 2 * k * k * itemsize}
     allowed = [name for name in ALGORITHMS if memory_budget is None or peak[name] <= memory_budget]

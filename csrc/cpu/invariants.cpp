@@ -23,6 +23,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "common/cpu_features.h"
@@ -33,7 +35,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kDepth = 256;   // KC: one panel of NR x KC floats is 16 KB, half of an L1 cache
-constexpr int64_t kRows = 96;     // TM: a multiple of every MR below
+constexpr int64_t kRows = 96;     // TM at most: a multiple of every MR below, as every smaller one is
 constexpr int64_t kColumns = 256; // TN: a multiple of every NR below
 constexpr int64_t kStripe = 1024; // columns of one task, so that few rows still feed many cores
 constexpr int kLanes = 8;         // independent float64 accumulators of a row sum
@@ -147,48 +149,78 @@ Factor<T> factor(const Tensor& t) {
   return {static_cast<const T*>(t.const_data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
-// Rows [first, first + width) as a panel (depth, width); rows beyond the end are zero, so that edges need no other kernel.
-template <typename T>
-void pack_panel(const Factor<T>& f, int64_t first, int64_t width, T* out) {
-  const int64_t valid = std::clamp<int64_t>(f.rows - first, 0, width);
-  if (f.row_stride == 1) {
-    for (int64_t p = 0; p < f.depth; ++p) {
-      const T* source = f.data + first + p * f.depth_stride;
-      T* target = out + p * width;
-      std::copy(source, source + valid, target);
-      std::fill(target + valid, target + width, T(0));
-    }
-    return;
-  }
-  // Blocks of depth keep the panel's part in cache while its rows are read one after the other.
-  for (int64_t p0 = 0; p0 < f.depth; p0 += 64) {
-    const int64_t p1 = std::min(f.depth, p0 + 64);
-    for (int64_t i = 0; i < width; ++i) {
-      if (i < valid) {
-        const T* source = f.data + (first + i) * f.row_stride;
-        for (int64_t p = p0; p < p1; ++p) out[p * width + i] = source[p * f.depth_stride];
-      } else {
-        for (int64_t p = p0; p < p1; ++p) out[p * width + i] = T(0);
-      }
-    }
-  }
-}
-
 int64_t panels(int64_t rows, int64_t width) { return (rows + width - 1) / width; }
 
+template <int kWidth, typename T>
+void copy_lines(const T* source, int64_t stride, int64_t count, T* out) {
+  for (int64_t p = 0; p < count; ++p) std::memcpy(out + p * kWidth, source + p * stride, sizeof(T) * kWidth);
+}
+
+// Depths [p0, p1) of a panel: rows [first, first + width) as (depth, width). Rows beyond the end are zero: edges need no other kernel.
 template <typename T>
-std::vector<T> pack_all(const Factor<T>& f, int64_t width) {
-  std::vector<T> packed(panels(f.rows, width) * width * f.depth);
-  torch::stable::parallel_for(0, panels(f.rows, width), 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pack_panel(f, i * width, width, packed.data() + i * width * f.depth);
-  });
+void pack_panel(const Factor<T>& f, int64_t first, int64_t width, int64_t p0, int64_t p1, T* out) {
+  const int64_t valid = std::clamp<int64_t>(f.rows - first, 0, width);
+  const T* source = f.data + first * f.row_stride;
+  if (f.row_stride == 1 && valid == width) {
+    T* target = out + p0 * width;
+    source += p0 * f.depth_stride;
+    switch (width) {  // of the cores below: moves of a known size
+      case 4: return copy_lines<4>(source, f.depth_stride, p1 - p0, target);
+      case 6: return copy_lines<6>(source, f.depth_stride, p1 - p0, target);
+      case 8: return copy_lines<8>(source, f.depth_stride, p1 - p0, target);
+      case 12: return copy_lines<12>(source, f.depth_stride, p1 - p0, target);
+      case 16: return copy_lines<16>(source, f.depth_stride, p1 - p0, target);
+      case 32: return copy_lines<32>(source, f.depth_stride, p1 - p0, target);
+    }
+  }
+  for (int64_t i = 0; i < valid; ++i, source += f.row_stride)
+    for (int64_t p = p0; p < p1; ++p) out[p * width + i] = source[p * f.depth_stride];
+  for (int64_t i = valid; i < width; ++i)
+    for (int64_t p = p0; p < p1; ++p) out[p * width + i] = T(0);
+}
+
+constexpr int64_t kPacked = 64;  // depths packed at a time: what a panel's part reads and writes stays in cache
+
+// Panels of rows [row0, row0 + rows), one after the other, each over the whole depth; a transposed view is read line by line.
+template <typename T>
+void pack_rows(const Factor<T>& f, int64_t row0, int64_t rows, int64_t width, int64_t p0, int64_t p1, T* out) {
+  for (; p0 < p1; p0 += kPacked)
+    for (int64_t i = 0; i < rows; i += width) pack_panel(f, row0 + i, width, p0, std::min(p1, p0 + kPacked), out + i * f.depth);
+}
+
+// Memory that is written before it is read.
+template <typename T>
+using Scratch = std::unique_ptr<T[]>;
+template <typename T>
+Scratch<T> scratch(int64_t count) { return Scratch<T>(new T[count]); }
+
+template <typename T>
+Scratch<T> pack_all(const Factor<T>& f, int64_t width) {
+  Scratch<T> packed = scratch<T>(panels(f.rows, width) * width * f.depth);
+  if (f.row_stride == 1) {
+    torch::stable::parallel_for(0, panels(f.depth, kPacked), 1, [&](int64_t begin, int64_t end) {
+      pack_rows(f, 0, f.rows, width, begin * kPacked, std::min(f.depth, end * kPacked), packed.get());
+    });
+  } else {
+    torch::stable::parallel_for(0, panels(f.rows, width), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) pack_rows(f, i * width, width, width, 0, f.depth, packed.get() + i * width * f.depth);
+    });
+  }
   return packed;
+}
+
+// TM of a product of m rows: eight tasks or more where there are eight panels of rows, whatever the number of threads. Deep products of
+// few rows (the Gram matrices of thin factors) have no other parallelism, and half of a small symmetric product is saved only by tiles
+// that are smaller still.
+int64_t tile_rows(int64_t m) {
+  constexpr int64_t kEvery = 12;  // a multiple of every MR
+  return std::min(kRows, panels(m, 8 * kEvery) * kEvery);
 }
 
 // tile (kRows, kColumns) = left block times right panels [column0 / nr ...).
 template <typename T>
 void multiply_tile(const Core<T>& k, const T* left, const T* right, int64_t depth, int64_t rows, int64_t column0, int64_t columns, T* tile) {
-  std::fill(tile, tile + kRows * kColumns, T(0));
+  std::fill(tile, tile + panels(rows, k.mr) * k.mr * kColumns, T(0));
   for (int64_t p = 0; p < depth; p += kDepth) {
     const int64_t chunk = std::min(kDepth, depth - p);
     for (int64_t j = 0; j < columns; j += k.nr) {
@@ -199,37 +231,34 @@ void multiply_tile(const Core<T>& k, const T* left, const T* right, int64_t dept
 }
 
 template <typename T>
-void pack_block(const Factor<T>& f, int64_t row0, int64_t width, std::vector<T>& out) {
-  out.resize(kRows * f.depth);
-  const int64_t rows = std::min(kRows, f.rows - row0);
-  for (int64_t i = 0; i < rows; i += width) pack_panel(f, row0 + i, width, out.data() + i * f.depth);
-}
-
-template <typename T>
 void tile_sums(const Tensor& al, const Tensor& ar, const Tensor& bl, const Tensor& br, bool symmetric, double* result) {
   const Core<T> k = core<T>();
   const auto a_left = factor<T>(al), a_right = factor<T>(ar), b_left = factor<T>(bl), b_right = factor<T>(br);
   const int64_t m = a_left.rows, n = a_right.rows;
   if (m == 0 || n == 0) return;
-  const std::vector<T> a_packed = pack_all(a_right, k.nr), b_packed = pack_all(b_right, k.nr);
-  const int64_t row_tiles = panels(m, kRows), stripes = panels(n, kStripe);
+  const Scratch<T> a_packed = pack_all(a_right, k.nr), b_packed = pack_all(b_right, k.nr);
+  const int64_t tall = tile_rows(m), row_tiles = panels(m, tall), stripes = panels(n, kStripe);
   std::vector<double> partial(row_tiles * stripes * 5, 0.0);
   torch::stable::parallel_for(0, row_tiles * stripes, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> a_block, b_block, a_tile(kRows * kColumns), b_tile(kRows * kColumns);
+    const Scratch<T> a_block = scratch<T>(tall * a_left.depth), b_block = scratch<T>(tall * b_left.depth);
+    const Scratch<T> a_tile = scratch<T>(kRows * kColumns), b_tile = scratch<T>(kRows * kColumns);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row0 = (task / stripes) * kRows, rows = std::min(kRows, m - row0);
-      const int64_t first = (task % stripes) * kStripe, last = std::min(n, first + kStripe);
-      if (symmetric && last <= row0) continue;
-      pack_block(a_left, row0, k.mr, a_block);
-      pack_block(b_left, row0, k.mr, b_block);
+      // Row tiles from both ends in turn: of a symmetric product the first has all columns and the last one tile of them, and every
+      // range of tasks should have its share.
+      const int64_t turn = task / stripes, row_tile = turn % 2 ? row_tiles - 1 - turn / 2 : turn / 2;
+      const int64_t row0 = row_tile * tall, rows = std::min(tall, m - row0);
+      const int64_t stripe = (task % stripes) * kStripe, last = std::min(n, stripe + kStripe);
+      const int64_t first = symmetric ? std::max(stripe, row0 / k.nr * k.nr) : stripe;
+      if (first >= last) continue;
+      pack_rows(a_left, row0, rows, k.mr, 0, a_left.depth, a_block.get());
+      pack_rows(b_left, row0, rows, k.mr, 0, b_left.depth, b_block.get());
       double* sums = partial.data() + task * 5;
       for (int64_t column0 = first; column0 < last; column0 += kColumns) {
         const int64_t columns = std::min(kColumns, last - column0);
-        if (symmetric && column0 + columns <= row0) continue;
-        multiply_tile(k, a_block.data(), a_packed.data(), a_left.depth, rows, column0, columns, a_tile.data());
-        multiply_tile(k, b_block.data(), b_packed.data(), b_left.depth, rows, column0, columns, b_tile.data());
+        multiply_tile(k, a_block.get(), a_packed.get(), a_left.depth, rows, column0, columns, a_tile.get());
+        multiply_tile(k, b_block.get(), b_packed.get(), b_left.depth, rows, column0, columns, b_tile.get());
         for (int64_t i = 0; i < rows; ++i) {
-          const T *a = a_tile.data() + i * kColumns, *b = b_tile.data() + i * kColumns;
+          const T *a = a_tile.get() + i * kColumns, *b = b_tile.get() + i * kColumns;
           if (!symmetric) {
             k.sums(a, b, columns, 1.0, sums);
             continue;
@@ -253,20 +282,20 @@ void product(const Tensor& left, const Tensor& right, T mean, T scale, T* out) {
   const auto l = factor<T>(left), r = factor<T>(right);
   const int64_t m = l.rows, n = r.rows;
   if (m == 0 || n == 0) return;
-  const std::vector<T> packed = pack_all(r, k.nr);
-  const int64_t stripes = panels(n, kStripe);
-  torch::stable::parallel_for(0, panels(m, kRows) * stripes, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> block, tile(kRows * kColumns);
+  const Scratch<T> packed = pack_all(r, k.nr);
+  const int64_t tall = tile_rows(m), stripes = panels(n, kStripe);
+  torch::stable::parallel_for(0, panels(m, tall) * stripes, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<T> block = scratch<T>(tall * l.depth), tile = scratch<T>(kRows * kColumns);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row0 = (task / stripes) * kRows, rows = std::min(kRows, m - row0);
+      const int64_t row0 = (task / stripes) * tall, rows = std::min(tall, m - row0);
       const int64_t first = (task % stripes) * kStripe, last = std::min(n, first + kStripe);
-      pack_block(l, row0, k.mr, block);
+      pack_rows(l, row0, rows, k.mr, 0, l.depth, block.get());
       for (int64_t column0 = first; column0 < last; column0 += kColumns) {
         const int64_t columns = std::min(kColumns, last - column0);
-        multiply_tile(k, block.data(), packed.data(), l.depth, rows, column0, columns, tile.data());
+        multiply_tile(k, block.get(), packed.get(), l.depth, rows, column0, columns, tile.get());
         for (int64_t i = 0; i < rows; ++i) {
           T* target = out + (row0 + i) * n + column0;
-          const T* source = tile.data() + i * kColumns;
+          const T* source = tile.get() + i * kColumns;
           for (int64_t j = 0; j < columns; ++j) target[j] = (source[j] - mean) * scale;
         }
       }
