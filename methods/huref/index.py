@@ -207,24 +207,21 @@ class Index:
         sketches, valid, models = self._pack()
         scores = sketch_scores(sketches, asked.reshape(-1), channels=len(first.channels))
         usable = valid & asked.any(1)
-        means = {}
-        for kind in ("paper", "hardened"):
-            columns = torch.tensor([c[0] == kind for c in first.channels])
-            count = usable[:, columns].sum(1)
-            total = torch.where(usable[:, columns], scores[:, columns], 0.0).sum(1)
-            means[kind] = torch.where(count > 0, total / count.clamp_min(1), math.nan)
-        best = torch.stack(list(means.values())).nan_to_num(nan=-math.inf).amax(0)
-        ranked = torch.topk(best, min(top, len(models))).indices.tolist()
+        kinds = torch.tensor([[c[0] == kind for kind in ("paper", "hardened")] for c in first.channels], dtype=torch.float32)
+        means = torch.where(usable, scores, 0.0) @ kinds / (usable.float() @ kinds)  # NaN where no channel of a kind is usable
+        best = means.nan_to_num(nan=-math.inf).amax(1)
+        ranked = torch.topk(best, min(top, len(models))).indices
+        rows = zip(ranked.tolist(), best[ranked].tolist(), means[ranked].tolist(), scores[ranked].tolist(), strict=True)
         return [
             Match(
                 models[i],
-                float(best[i]),
-                float(means["paper"][i]),
-                float(means["hardened"][i]),
-                verdict_of(float(best[i]), same_base=same_base, related=related),
-                {f"{name} {layer}": float(scores[i, c]) for c, (_, name, layer) in enumerate(first.channels)},
+                score,
+                paper,
+                hardened,
+                verdict_of(score, same_base=same_base, related=related),
+                {f"{name} {layer}": value for (_, name, layer), value in zip(first.channels, by_channel, strict=True)},
             )
-            for i in ranked
+            for i, score, (paper, hardened), by_channel in rows
         ]
 
 
