@@ -22,7 +22,11 @@ def import_torch(*, traces: bool) -> None:
     Versions of torch for which this was not seen to hold are imported whole.
     """
     if "torch" not in sys.modules:
-        stands_in = not traces and metadata.version("torch").rsplit(".", 1)[0] in _VERSIONS
+        try:
+            version = metadata.version("torch")
+        except metadata.PackageNotFoundError:  # built in place; or not there, as the import below will say
+            version = ""
+        stands_in = not traces and version.rsplit(".", 1)[0] in _VERSIONS
         if stands_in:
             sys.modules[_TRACING] = types.ModuleType(_TRACING)
         gc.disable()  # imports are a million objects and no garbage, to be looked at by no later collection either
