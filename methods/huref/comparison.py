@@ -53,6 +53,7 @@ class Comparison:
     ics, ics_hardened: mean correlation over the channels of the paper's and of the hardened terms (NaN when not computed).
     null_mean, null_std, null_z: ICS of this very pair with the token rows of one side permuted, and how many standard deviations the best
     ICS lies above. verdict: by the better of the two scores. pcs: the parameter cosine when asked for.
+    bytes_read: of both checkpoints, for everything asked. needed_bytes: what the weights of the terms take in the files.
     """
 
     a: str
@@ -235,7 +236,7 @@ def compare(
         from llmcore.methods.huref.cosine import pcs as parameter_cosine
 
         found = parameter_cosine(a, b, base_a=base_a, base_b=base_b)
-        cosine, skipped = found.value, found.skipped
+        cosine, skipped, read = found.value, found.skipped, read + found.bytes_read
     overlap = {
         "common": aligned.common,
         "dropped_a": aligned.dropped_a,
